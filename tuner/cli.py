@@ -1,0 +1,281 @@
+"""Arguments -> one function call, and an error -> one sentence and an exit code.
+
+Exit codes: 0 done; 1 the run failed; 2 the recipe, the data or the usage is wrong; 130 and 143 stopped by a signal.
+Nothing heavy is imported at the top: `tuner --help` and a broken recipe answer before torch could be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from tuner import __version__
+from tuner.errors import TunerError, UserError
+
+app = typer.Typer(
+    name="tuner",
+    help="Fine-tunes Llama-family models from one YAML recipe: full weights, LoRA or 4-bit QLoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that ship with tuner.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Overrides, e.g. train.batch_size=32.", show_default=False),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tuner {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sft(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, tokenise and print the plan; train nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in train.output_dir.")] = False,
+    allow_drift: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: a key whose value may differ; repeatable."),
+    ] = None,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the whole recipe and stop.")] = False,
+) -> None:
+    """Fine-tune on the answers of chats, or on text."""
+    from tuner import recipe as recipes
+
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
+    if allow_drift and not resume:
+        raise UserError("--allow-drift has no effect without --resume")
+    loaded = recipes.load(recipe, overrides or (), stage="sft")
+    if print_recipe:
+        print(recipes.dump(loaded), end="")
+        return
+    _quiet_libraries()
+    from tuner.stages import sft as stage
+
+    stage.run(loaded, resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift or ()), dry_run=dry_run)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(metavar="RUN_OR_ADAPTER", help="A run, or an adapter directory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write; default: merged, in the run.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the base.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged model that is there.")] = False,
+) -> None:
+    """Merge an adapter into its base.
+
+    Writes a plain Hugging Face directory, loads it afresh and compares it with the adapter.
+    """
+    _quiet_libraries()
+    from tuner.export.merge import merge as merge_adapter
+
+    for line in merge_adapter(adapter, output, dtype=dtype, overwrite=overwrite).lines():
+        print(line)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A run, a checkpoint directory or a Hub id.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="RUN_OR_ADAPTER", help="A run, or an adapter directory.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the user says.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: .txt, one a line; or .jsonl rows of `messages` or `prompt`.", show_default=False),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the prompt.", show_default=False)] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as text, without a chat template.")] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(help="llama3, chatml or plain; default: the model's own.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; default: the run's, or 0.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=1.0, help="Sample among the likeliest tokens of this sum.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default: the run's, or 256.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="Write the answers here too.", show_default=False)
+    ] = None,
+) -> None:
+    """Answer one prompt, or a file of them."""
+    if (model is None) == (adapter is None):
+        raise UserError("give --model for a checkpoint, or --adapter for an adapter on its base; one of them")
+    if (prompt is None) == (file is None):
+        raise UserError("give --prompt for one prompt, or --file for many; one of them")
+    _quiet_libraries()
+    from tuner.stages import sample
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    sample.run(
+        model=model,
+        adapter=adapter,
+        prompt=prompt,
+        file=file,
+        system=system,
+        raw=raw,
+        chat_template=chat_template,
+        settings={key: value for key, value in given.items() if value is not None},
+        seed=seed,
+        output=output,
+    )
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+    """Print versions, devices and threads."""
+    _quiet_libraries()
+    from tuner import environment
+
+    facts = environment.describe()
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(environment.lines(facts)))
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Name the recipes that ship."""
+    from tuner.recipe import shipped
+
+    known = shipped.shipped_recipes()
+    width = max(map(len, known), default=0) + 2
+    for name, path in known.items():
+        print(f"{name:{width}}{shipped.headline(path)}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A name from the list.")]) -> None:
+    """Print a recipe."""
+    from tuner.recipe import shipped
+
+    print(shipped.shipped_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A name from the list.")],
+    dest: Annotated[Path, typer.Argument(help="The folder to write to.")] = Path("."),
+) -> None:
+    """Write a recipe, and the bundled files that it reads, into a folder."""
+    from tuner import recipe as recipes
+    from tuner.recipe import shipped
+
+    file = shipped.shipped_recipe(name)
+    target, written = shipped.copy_out(file, recipes.load(file, find_inputs=False), dest)
+    for path in written:
+        print(f"wrote {path}")
+    print(f"{'start with' if written else 'nothing to write; start with'}: tuner sft {target}")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from tuner import recipe as recipes
+
+    print(json.dumps(recipes.json_schema(), indent=2))
+
+
+def _quiet_libraries() -> None:
+    """No telemetry, whatever the environment says, and no chatter of the libraries; before the first heavy import."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set, so that a fork does not warn about it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("bitsandbytes", "transformers", "accelerate", "datasets", "peft", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether torch, Python or the driver ran out of memory; torch is looked up only where it was loaded."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _sentence(error: BaseException) -> tuple[str, int]:
+    """What to say about an error that ended the command, and the exit code."""
+    if isinstance(error, TunerError):
+        return str(error), error.exit_code
+    if _out_of_memory(error):
+        remedy = "lower train.microbatch_tokens, then data.max_length, or set train.activation_checkpointing: true"
+        return f"out of memory; {remedy}", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{what} (this is a defect of tuner; TUNER_TRACEBACK=1 shows where it happened)", 1
+
+
+def main() -> NoReturn:
+    """The command line: one line on stderr for any error, and the exit code that belongs to it."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit says nothing
+        code = 1
+    except Exception as error:
+        if os.environ.get("TUNER_TRACEBACK"):
+            traceback.print_exc()
+        message, code = _sentence(error)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    else:  # typer ends every command with SystemExit
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,107 @@
+"""What happened to every row on its way to tokens -> counts with row ids, for people and for the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuner.types import Tokens
+
+MAX_PLACES = 20  # row ids kept for each kind of count
+
+# kind -> what people read; the order is the order of the report
+KINDS = {
+    "skipped": "rows skipped as unusable (data.on_bad_row: skip)",
+    "dropped": "rows dropped as longer than data.max_length (data.overlong: drop)",
+    "cut_away": "rows dropped because data.overlong: truncate left nothing to train on",
+    "truncated": "rows cut at data.max_length (data.overlong: truncate)",
+    "split": "rows split into pieces of data.max_length (data.overlong: split)",
+    "not_sampled": "rows left out by the weight of their source",
+    "repeated": "rows repeated by the weight of their source",
+    "held_out": "rows held out for evaluation",
+    "empty_answers": "rows with an empty trained answer",
+    "control_text": "rows that spell out control tokens in their text (kept as plain text)",
+}
+
+
+def place(source: str, row: int) -> str:
+    """`data.jsonl line 3` or `data.parquet row 3`, counted from 1; `row` is counted from 0."""
+    name = source.lower().removesuffix(".gz")
+    return f"{source} {'line' if name.endswith(('.jsonl', '.ndjson')) else 'row'} {row + 1}"
+
+
+@dataclass
+class RowCount:
+    """How many rows something happened to, and the first of them."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+    reason: str = ""  # of the first one, where there is more to say than the kind
+
+    def add(self, where: str, reason: str = "", times: int = 1) -> None:
+        self.count += times
+        self.reason = self.reason or reason
+        if len(self.places) < MAX_PLACES:
+            self.places.append(where)
+
+
+@dataclass
+class DataReport:
+    """Counts of one split: rows in, samples out, and whatever happened in between, with row ids up to a bound."""
+
+    rows_read: int = 0
+    samples: int = 0
+    tokens: int = 0  # that the model runs over
+    trained_tokens: int = 0  # prediction targets with a weight
+    sources: list[str] = field(default_factory=list)  # each with its format and why it was chosen
+    counts: dict[str, RowCount] = field(default_factory=dict)
+
+    def count(self, kind: str, where: str, reason: str = "", times: int = 1) -> None:
+        """Notes that `kind` happened to the row at `where`."""
+        assert kind in KINDS, kind
+        self.counts.setdefault(kind, RowCount()).add(where, reason, times)
+
+    def number(self, kind: str) -> int:
+        """How many rows `kind` happened to."""
+        return self.counts[kind].count if kind in self.counts else 0
+
+    def measure(self, tokens: Iterable[Tokens]) -> None:
+        """Sets the numbers of samples and tokens from the samples themselves."""
+        sizes = [(len(t), t.num_trained) for t in tokens]
+        self.samples = len(sizes)
+        self.tokens = sum(n for n, _ in sizes)
+        self.trained_tokens = sum(n for _, n in sizes)
+
+    def copy(self) -> DataReport:
+        """An independent copy."""
+        counts = {k: RowCount(c.count, list(c.places), c.reason) for k, c in self.counts.items()}
+        return DataReport(
+            self.rows_read, self.samples, self.tokens, self.trained_tokens, list(self.sources), counts
+        )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        share = 100 * self.trained_tokens / self.tokens if self.tokens else 0.0
+        out = list(self.sources)
+        out.append(f"{self.rows_read:,} rows read, {self.samples:,} samples")
+        out.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({share:.1f}%)")
+        for kind, text in KINDS.items():
+            if entry := self.counts.get(kind):
+                shown = ", ".join(entry.places[:5]) + (", ..." if entry.count > min(len(entry.places), 5) else "")
+                out.append(f"{entry.count:,} {text}: {shown}" + (f" (first: {entry.reason})" if entry.reason else ""))
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for the manifest: plain JSON values."""
+        return {
+            "rows_read": self.rows_read,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "sources": list(self.sources),
+            "counts": {
+                kind: {"count": entry.count, "rows": list(entry.places), "reason": entry.reason}
+                for kind, entry in ((k, self.counts[k]) for k in KINDS if k in self.counts)
+            },
+        }

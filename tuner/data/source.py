@@ -1,0 +1,216 @@
+"""A path or Hub id of the recipe -> rows. The only file that touches `datasets` (Hub ids) and pyarrow (parquet).
+
+JSON and JSON Lines are read with `json` itself: Arrow would unify the rows to one schema and add keys that a row does
+not have.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tuner.data.report import place
+from tuner.errors import DataError
+from tuner.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from tuner.recipe import DataSource
+
+Row = dict[str, Any]
+OnBad = Callable[[int, DataError], None]
+
+
+def rows(source: DataSource, on_bad: OnBad | None = None) -> Iterator[tuple[int, Row]]:
+    """The rows of a source with their numbers, counted from 0 (in JSON Lines: line numbers).
+
+    `on_bad` is told of a row that cannot be read, and reading goes on; without it the first such row is an error.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty; names the file, the line and the remedy.
+    """
+
+    def bad(index: int, reason: str) -> None:
+        error = DataError(f"{place(source.path, index)}: {reason}")
+        if on_bad is None:
+            raise error
+        on_bad(index, error)
+
+    path = local_path(source)
+    found = False
+    for index, value in _hub_rows(source) if path is None else _READERS[_suffix(path)](path, bad):
+        found = True
+        if isinstance(value, dict):
+            yield index, value
+        else:
+            bad(index, f"a row must be a JSON object with named columns, this is a {type(value).__name__}")
+    if not found:
+        raise DataError(f"{source.path} holds no rows; give a file with data")
+
+
+def content_hash(source: DataSource) -> str:
+    """What identifies the data: sha256 of the file's bytes, or the commit of a Hub data set."""
+    path = local_path(source)
+    if path is None:
+        return _hub_commit(source.path, source.revision)
+    with _open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def local_path(source: DataSource) -> Path | None:
+    """The file that a source names, or None for a Hub id.
+
+    Raises:
+        DataError: there is no such file, it is a directory or of an unknown kind, or a file is given a split.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if _suffix(p) in _READERS)[:5]
+        raise DataError(
+            f"{source.path} is a directory; name a file in it" + (f": {', '.join(inside)}" if inside else "")
+        )
+    if not path.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.path) and _suffix(path) not in _READERS:
+            if Path(source.path.split("/")[0]).exists():
+                raise DataError(
+                    f"{source.path} does not exist, and as a folder of that name does it is no Hub id either"
+                )
+            return None
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise DataError(f"{source.path} does not exist{near}; give a data file or a Hub id (org/name)")
+    if _suffix(path) not in _READERS:
+        raise DataError(f"{source.path}: files of this kind cannot be read; known: {', '.join(_READERS)}")
+    for key, value, default in (("split", source.split, "train"), ("revision", source.revision, None)):
+        if value != default:
+            raise DataError(
+                f"{source.path} is a file, which has no {key} '{value}'; remove `{key}`, or name another file"
+            )
+    return path
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((s for s in sorted(_READERS, key=len, reverse=True) if name.endswith(s)), path.suffix)
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+_Bad = Callable[[int, str], None]
+
+
+def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
+    index = -1
+    with _open(path) as raw:
+        lines = gzip.open(raw) if _suffix(path).endswith(".gz") else raw
+        try:
+            for index, line in enumerate(lines):
+                if index == 0:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line.decode())
+                except (ValueError, RecursionError) as error:
+                    bad(index, _json_reason(error))
+                    continue
+                yield index, value
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{place(str(path), index + 1)}: the file cannot be read further: {error}") from None
+
+
+def _json_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
+    with _open(path) as raw:
+        try:
+            text = (gzip.open(raw) if _suffix(path).endswith(".gz") else raw).read().decode("utf-8-sig")
+            value = json.loads(text) if text.strip() else []
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        except (ValueError, RecursionError) as error:
+            lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+            remedy = "; for one object a line (JSON Lines) name the file .jsonl" if lines else ""
+            raise DataError(f"{path}: {_json_reason(error)}{remedy}") from None
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, list):
+        raise DataError(f'{path} holds neither a list of rows nor {{"data": [...]}}; for one row a line name it .jsonl')
+    yield from enumerate(value)
+
+
+def _json_reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} of it is not UTF-8 ({error.object[error.start]:#04x}); save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return f"invalid JSON at {where}: {error.msg}"
+    return f"invalid JSON: {error}"
+
+
+def _parquet_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
+    # imported here: it takes a fifth of a second that JSON data should not pay
+    parquet = importlib.import_module("pyarrow.parquet")
+    arrow_error = importlib.import_module("pyarrow").ArrowException
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for value in batch.to_pylist():
+                    yield index, value
+                    index += 1
+    except (arrow_error, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read as parquet after row {index}: {reason}") from None
+
+
+_READERS: dict[str, Callable[[Path, _Bad], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".json.gz": _json_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+@lru_cache
+def _hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a Hub data set's revision stands for now; a full commit is taken as it is, without network."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        return str(hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha)
+    except Exception as error:  # any of a dozen network and HTTP errors
+        raise DataError(
+            f"{name} is no local file, and the Hub does not answer for it as a data set ({_first_line(error)}); give a "
+            "file, or pin `revision` to a commit that is in the local cache"
+        ) from None
+
+
+def _hub_rows(source: DataSource) -> Iterator[tuple[int, Any]]:
+    commit = _hub_commit(source.path, source.revision)
+    # imported here: it takes seconds that local files should not pay
+    datasets = importlib.import_module("datasets")
+    try:
+        data = datasets.load_dataset(source.path, split=source.split, revision=commit)
+    except Exception as error:  # whatever network, Hub and parser raise
+        raise DataError(
+            f"{source.path} (split '{source.split}') cannot be loaded from the Hub: {_first_line(error)}; check the "
+            "name and the split, or download the file and give its path"
+        ) from None
+    yield from enumerate(data)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

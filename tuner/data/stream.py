@@ -1,0 +1,303 @@
+"""Sources -> one split of samples, held-out samples, and the seeded order in which training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tuner.data.formats import Detected, detect, parser
+from tuner.data.pack import bins
+from tuner.data.render import Renderer
+from tuner.data.report import DataReport, place
+from tuner.data.source import rows
+from tuner.data.templates import Template, resolve_template
+from tuner.errors import DataError
+from tuner.types import Example, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tuner.recipe import DataSection, DataSource
+
+CHUNK = 1024  # rows tokenised at once: enough for the tokenizer's batch, little memory
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rendered samples in the order of their sources, what happened to the rows, a hash of ids, masks and weights."""
+
+    tokens: list[Tokens]
+    report: DataReport
+    hash: str
+
+
+def choose_template(
+    sources: Sequence[DataSource], data: DataSection, tokenizer: PreTrainedTokenizerFast
+) -> Template | None:
+    """The chat template of a recipe; None where `chat_template: auto` meets nothing but raw text, which needs none."""
+    if data.chat_template == "auto" and all(_format(source, data).name == "text" for source in sources):
+        return None
+    return resolve_template(data.chat_template, tokenizer)
+
+
+def load_split(
+    sources: Sequence[DataSource],
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template | None,
+    *,
+    seed: int = 0,
+) -> Split:
+    """Reads, renders and counts every row of `sources`. `seed` picks the rows of a source with a fractional weight.
+
+    Raises:
+        DataError: a source or row is unusable, or nothing is left to train on.
+        RecipeError: the recipe asks for something that its data cannot have.
+    """
+    renderer = Renderer(
+        tokenizer, template, data.train_on, data.max_length, data.overlong, data.parse_control_tokens
+    )  # fmt: skip
+    report, tokens = renderer.report, list[Tokens]()
+    for number, source in enumerate(sources):
+        tokens += _sample(list(_render_source(source, data, renderer)), source, report, [seed, number])
+    names = ", ".join(s.path for s in sources)
+    if not tokens:
+        lost = "; ".join(report.lines()[len(sources) :]) or "no sources"
+        raise DataError(f"no usable rows in {names}: {lost}")
+    ends = np.asarray(renderer.terminator_ids)
+    if renderer.num_chats and not any(
+        s.trained and np.isin(ends, s.ids).any() for t in tokens for s in t.trunk
+    ):  # fmt: skip
+        raise DataError(
+            f"no trained answer in {names} has its terminator ({', '.join(template.terminators if template else ())}), "
+            "so the model would never learn to stop; raise data.max_length, or use another data.chat_template"
+        )
+    report.measure(tokens)
+    return Split(tokens, report, content_hash(tokens))
+
+
+def _format(source: DataSource, data: DataSection) -> Detected:
+    """The format of a source: as the recipe says, or as its first readable row shows."""
+    name = source.format or data.format
+    if name != "auto":
+        return Detected(name, "as the recipe says")
+    columns = data.columns if source.columns is None else source.columns
+    skip, first = data.on_bad_row == "skip", None
+    for index, row in rows(source, on_bad=(lambda *_: None) if skip else None):
+        try:
+            return detect(row, columns)
+        except DataError as error:
+            first = first or DataError(f"{place(source.path, index)}: {error}")
+            if not skip:
+                break
+    raise first or DataError(f"{source.path} holds no readable row; give a file with one JSON object for each row")
+
+
+def _render_source(source: DataSource, data: DataSection, renderer: Renderer) -> Iterator[Tokens]:
+    detected, report = _format(source, data), renderer.report
+    report.sources.append(f"{source.path}: {detected.name} ({detected.reason})")
+    parse = parser(detected.name, data.columns if source.columns is None else source.columns)
+
+    def skip(index: int, error: DataError) -> None:
+        where = place(source.path, index)
+        if data.on_bad_row != "skip":
+            raise error
+        report.count("skipped", where, str(error).removeprefix(f"{where}: "))
+
+    def examples() -> Iterator[Example]:
+        read = rows(source, on_bad=count_and_skip)
+        for index, row in itertools.islice(read, source.limit):
+            report.rows_read += 1
+            try:
+                yield replace(parse(row), source=source.path, row=index)
+            except DataError as error:
+                skip(index, DataError(f"{place(source.path, index)}: {error}"))
+
+    def count_and_skip(index: int, error: DataError) -> None:
+        report.rows_read += 1
+        skip(index, error)
+
+    for chunk in _chunks(examples(), CHUNK):
+        for samples in renderer.render_batch(chunk, on_bad=lambda example, error: skip(example.row, error)):
+            yield from samples
+
+
+def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def _sample(tokens: list[Tokens], source: DataSource, report: DataReport, seed: list[int]) -> list[Tokens]:
+    """`weight` as a sampling ratio: 2.0 is every sample twice, 0.5 a seeded half, 1.5 all and a seeded half again."""
+    whole, part = divmod(source.weight, 1.0)
+    extra = round(part * len(tokens))
+    chosen = sorted(np.random.Generator(np.random.PCG64(seed)).permutation(len(tokens))[:extra].tolist())
+    out = tokens * int(whole) + [tokens[i] for i in chosen]
+    if len(out) < len(tokens):
+        kept = set(chosen)
+        for i, sample in enumerate(tokens):
+            if i not in kept:
+                report.count("not_sampled", place(sample.source, sample.row))
+    elif len(out) > len(tokens):
+        report.count("repeated", source.path, times=len(out) - len(tokens))
+    return out
+
+
+def content_hash(tokens: Sequence[Tokens]) -> str:
+    """sha256 over ids, masks and weights, in order."""
+    digest = hashlib.sha256()
+    for sample in tokens:
+        for spans in (sample.trunk, *sample.branches):
+            shape = ",".join(f"{len(s.ids)}:{s.weight if s.trained else 0.0}" for s in spans)
+            digest.update(f"[{shape}]".encode())
+            for s in spans:
+                digest.update(s.ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def holdout(split: Split, fraction: float) -> tuple[Split, Split]:
+    """Splits off about `fraction` of the samples for evaluation: those with the smallest hashes of their ids.
+
+    Samples with equal ids always land on one side, and the choice depends on nothing but the ids.
+
+    Raises:
+        DataError: there are not two different samples to divide.
+    """
+    assert 0 < fraction < 1
+    keys = [hashlib.sha256(np.asarray(t.ids(), "<i4").tobytes()).digest() for t in split.tokens]
+    distinct = sorted(set(keys))
+    if len(distinct) < 2:
+        raise DataError(f"data.eval: {fraction} cannot hold out a part of {len(distinct)} distinct row; add rows")
+    number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    held = set(distinct[:number])
+    train, evaluation = split.report.copy(), DataReport(sources=[f"held out by content hash: {fraction}"])
+    parts: tuple[list[Tokens], list[Tokens]] = ([], [])
+    for sample, key in zip(split.tokens, keys, strict=True):
+        parts[key in held].append(sample)
+        if key in held:
+            train.count("held_out", place(sample.source, sample.row))
+    train.measure(parts[0])
+    evaluation.measure(parts[1])
+    evaluation.rows_read = len(parts[1])
+    return Split(parts[0], train, content_hash(parts[0])), Split(parts[1], evaluation, content_hash(parts[1]))
+
+
+class Plan:
+    """Which samples make each optimizer step, and how a step is divided into microbatches.
+
+    A pure function of its arguments and the step, so that a resumed run needs the number of its step only. Every epoch
+    has an order of its own, drawn from (seed, epoch); a step never crosses an epoch, and an epoch's last step is as
+    large as what is left. Neither `world_size` nor `packing` nor `microbatch_tokens` changes what is in a step.
+
+    Args:
+        lengths: tokens of each sample.
+        batch_size: samples of a step (`batch_unit: examples`); or tokens (`tokens`): samples are taken in order until
+            the next would exceed it, and one that alone exceeds it makes a step of its own.
+        microbatch_tokens: capacity of a packed microbatch.
+        num_epochs: may be fractional; `max_steps` wins over it.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        batch_size: int,
+        batch_unit: Literal["examples", "tokens"] = "examples",
+        microbatch_tokens: int = 2048,
+        packing: bool = True,
+        num_epochs: float = 1.0,
+        max_steps: int | None = None,
+        seed: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)  # [rows]
+        if not len(self.lengths):
+            raise DataError("there is nothing to train on: the train set is empty")
+        assert batch_size > 0 and microbatch_tokens > 0 and num_epochs > 0 and world_size > 0
+        self.batch_size, self.batch_unit, self.seed = batch_size, batch_unit, seed
+        self.microbatch_tokens, self.packing, self.world_size = microbatch_tokens, packing, world_size
+        self._starts = [0]  # first step of each epoch, as far as worked out
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # epoch -> order [rows], bounds [steps + 1]
+        self.steps_per_epoch = self._steps_of(0)  # of the first epoch; with `tokens` another may differ a little
+        self.num_steps = max_steps if max_steps is not None else self._count_steps(num_epochs)
+
+    def samples(self, step: int) -> list[int]:
+        """The samples of a step, over all ranks, in order."""
+        epoch = self.epoch_of(step)
+        order, bounds = self._epoch(epoch)
+        first = step - self._starts[epoch]
+        return [int(i) for i in order[bounds[first] : bounds[first + 1]]]
+
+    def microbatches(self, step: int, rank: int = 0) -> list[list[int]]:
+        """The microbatches of a step that a rank runs, as sample indices; `[]` is a weightless filler.
+
+        Every rank gets the same number of them.
+        """
+        assert 0 <= rank < self.world_size
+        samples = self.samples(step)
+        if self.packing:
+            groups = bins([int(n) for n in self.lengths[samples]], self.microbatch_tokens)
+            rows = [[samples[i] for i in group] for group in groups]
+        else:
+            rows = [[i] for i in samples]
+        # fullest first, so that what runs at the same time on all ranks is about equally long
+        rows.sort(key=lambda row: -int(self.lengths[row].sum()))
+        rows += [[] for _ in range(-len(rows) % self.world_size)]
+        return rows[rank :: self.world_size]
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, counted from 0, that a step belongs to."""
+        assert step >= 0
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self._steps_of(len(self._starts) - 1))
+        return bisect_right(self._starts, step) - 1
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs done once `step` steps are, as a fraction."""
+        epoch = self.epoch_of(step)
+        return epoch + (step - self._starts[epoch]) / self._steps_of(epoch)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides which samples are in which step."""
+        digest = hashlib.sha256(f"{self.batch_size} {self.batch_unit} {self.seed} ".encode())
+        digest.update(self.lengths.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def _count_steps(self, num_epochs: float) -> int:
+        part, whole = math.modf(num_epochs)
+        steps = sum(self._steps_of(epoch) for epoch in range(int(whole)))
+        # a hair less than the product, so that 0.1 x 30 is 3 steps and not 4
+        return max(1, steps + (math.ceil(part * self._steps_of(int(whole)) - 1e-9) if part else 0))
+
+    def _steps_of(self, epoch: int) -> int:
+        if self.batch_unit == "examples":
+            return -(-len(self.lengths) // self.batch_size)
+        return len(self._epoch(epoch)[1]) - 1
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._orders:
+            while len(self._orders) >= 2:  # an epoch and its neighbour are all that training asks for
+                del self._orders[next(iter(self._orders))]
+            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.lengths))
+            self._orders[epoch] = (order, self._bounds(order))
+        return self._orders[epoch]
+
+    def _bounds(self, order: np.ndarray) -> np.ndarray:
+        n = len(order)
+        if self.batch_unit == "examples":
+            return np.append(np.arange(0, n, self.batch_size), n)
+        ends = np.cumsum(self.lengths[order])  # [rows] tokens up to and with each sample
+        bounds, done = [0], 0
+        while bounds[-1] < n:
+            stop = int(np.searchsorted(ends, done + self.batch_size, side="right"))
+            stop = max(stop, bounds[-1] + 1)  # a sample longer than a batch makes a step alone
+            bounds.append(stop)
+            done = int(ends[stop - 1])
+        return np.asarray(bounds)

@@ -1,0 +1,66 @@
+"""What can go wrong, as one tree; the command line turns each into one sentence and an exit code.
+
+TunerError
+├── UserError            exit 2   the recipe, the data or the usage is wrong; nothing has been changed
+│   ├── RecipeError               a key, a value or a file of the recipe
+│   ├── DataError                 a row, a file or a split of the data
+│   ├── ModelError                a checkpoint, an adapter or a tokenizer
+│   └── RunDirError               an output directory, a resume or an overwrite
+├── RunError             exit 1   the run failed after it began
+│   ├── NonFiniteError            a loss or gradient is NaN or infinite; the weights are as they were
+│   ├── OutOfMemoryError          names the key to lower
+│   └── SaveError                 the disk refused; the last checkpoint is intact
+└── Interrupted          exit 128 + signal, after a checkpoint of the last finished step
+"""
+
+
+class TunerError(Exception):
+    """Base of all that tuner raises on purpose. `str(error)` is one clear sentence with the remedy."""
+
+    exit_code = 1
+
+
+class UserError(TunerError):
+    """A mistake that the user can mend: exit 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A key, a value or the file of a recipe."""
+
+
+class DataError(UserError):
+    """A row, a file or a split of the data."""
+
+
+class ModelError(UserError):
+    """A checkpoint, an adapter or a tokenizer."""
+
+
+class RunDirError(UserError):
+    """An output directory, a resume or an overwrite."""
+
+
+class RunError(TunerError):
+    """The run failed after it began: exit 1."""
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient is NaN or infinite; raised before the update, so the weights are as they were."""
+
+
+class OutOfMemoryError(RunError):
+    """The device ran out of memory."""
+
+
+class SaveError(RunError):
+    """A checkpoint or result could not be written; what was published before is intact."""
+
+
+class Interrupted(TunerError):
+    """Stopped by a signal after the last finished step was published."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

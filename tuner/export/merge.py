@@ -1,0 +1,371 @@
+"""Base + LoRA adapter -> one plain Hugging Face directory, and the proof that it scores like the two together.
+
+    tuner merge --adapter runs/chat [--output DIR]
+
+W + s B A is added up in fp32 and cast once. A QLoRA adapter has learnt to correct the *quantised* base, so it is merged
+onto that base, dequantised, and not onto the weights that were never in its training (on those it is another model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import tuner
+from tuner import recipe
+from tuner.checkpoint import check_result, check_space, file_entries, publish_directory, read_manifest
+from tuner.data.render import Renderer
+from tuner.data.stream import load_split
+from tuner.data.templates import TEMPLATES, Template
+from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, TunerError
+from tuner.evaluate import read_questions
+from tuner.model import quantize
+from tuner.model.adapter import AdapterMeta, load_adapter, read_meta
+from tuner.model.load import DTYPES, base_fingerprint, find_checkpoint, load_base, load_tokenizer, weight_files
+from tuner.recipe import ModelSection
+from tuner.types import Example, Message
+
+MARK = "tuner_merge.json"  # says that a directory is a merge of ours, so that --overwrite may replace it
+NUM_PROMPTS, MAX_TOKENS = 8, 128  # compared; logits are [tokens, vocabulary] each
+FP32_TOLERANCE = 1e-3  # of the largest logit; rounding of another order of summation stays a hundred times below
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_BUILT_IN = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Add 17 and 25.", "17 and 25 make 42."),
+    ("Name three animals that live in the sea.", "Whales, dolphins and octopuses live in the sea."),
+    ("Write one sentence about the moon.", "The moon rose late and lit the empty road."),
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merge, and how closely the merged model follows the adapter on its base (both computed in fp32)."""
+
+    output: Path
+    base: str
+    base_weights: str  # `as stored`, or how they were dequantised
+    dtype: str  # of the merged weights
+    max_logit_difference: float
+    top1_agreement: float  # share of positions with the same likeliest token, 0 to 1
+    tokens: int  # compared
+    prompts: str  # which
+    warnings: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people, one fact a line."""
+        return [
+            f"merged onto   {self.base} ({self.base_weights}), in fp32, stored as {self.dtype}",
+            f"compared on   {self.tokens} tokens ({self.prompts}), the merged model loaded fresh",
+            f"agreement     largest logit difference {self.max_logit_difference:.2e}, "
+            f"same top token at {100 * self.top1_agreement:.2f}%",
+            *(f"note          {warning}" for warning in self.warnings),
+            f"written to    {self.output}",
+        ]
+
+
+def merge(
+    adapter: Path,
+    output: Path | None = None,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    prompts: Sequence[Sequence[int]] | None = None,
+    base: str | None = None,
+) -> MergeReport:
+    """Merges an adapter into its base, writes a directory for plain transformers, and compares the two.
+
+    Args:
+        adapter: a run directory, or an adapter directory.
+        output: where to; `merged` inside `adapter` by default. An existing merge is only replaced with `overwrite`.
+        dtype: of the merged weights; by default that of the base's own files.
+        prompts: token ids to compare on; by default chats the run held out, else a few that are built in.
+        base: where the base lies now, if not where the adapter says. It must be the same base.
+
+    Raises:
+        ModelError: no adapter there, or it does not fit the base. RunDirError: the output exists.
+        SaveError: the disk refused. RunError: the merged model does not score like the adapter; nothing was written.
+    """
+    directory, run = find_adapter(adapter)
+    target = _target(output or adapter / "merged", overwrite)
+    meta, warnings = _meta(directory)
+    section = _section(meta, base)
+    _check_base(section, meta, directory)
+    files = weight_files(find_checkpoint(section.name_or_path, section.revision).path)
+    store = dtype or stored_dtype(files)
+    if store not in DTYPES:
+        raise ModelError(f"--dtype: '{store}' is none of {', '.join(DTYPES)}")
+    tokenizer, template = _tokenizer(section, meta)
+    ids, source = (prompts, "given") if prompts is not None else comparison_prompts(run, tokenizer, template)
+    needed = 4 * sum(f.stat().st_size for f in files) // (2 if store != "float32" else 1)  # at most: from 1 byte each
+    check_space(target.parent, min(needed, sum(f.stat().st_size for f in files)), "the merged model")
+
+    lm, base_weights = _reference_base(section)
+    _refuse_tied(lm, directory)
+    model = load_adapter(lm, directory).eval()
+    expected = logits(model, ids)
+    try:
+        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"{directory}: this adapter cannot be merged: {error}") from None
+    _set_ids(merged, tokenizer, meta)
+    report: list[MergeReport] = []
+
+    def write(place: Path) -> None:
+        nonlocal merged, model, lm
+        merged.to(DTYPES[store]).save_pretrained(place)  # the one cast
+        tokenizer.save_pretrained(place)
+        del merged, model, lm  # an 8B model in fp32 is 32 GB: one at a time
+        check_result(place, "the merged model")
+        difference, agreement, count = compare(expected, logits(_fresh(place), ids))
+        largest = max(float(e.abs().max()) for e in expected)
+        if store == "float32" and difference > FP32_TOLERANCE * max(1.0, largest):
+            raise RunError(
+                f"the merged model does not score like the adapter (logits differ by up to {difference:.3g}), so nothing "
+                "was written; please report this with the adapter's adapter_config.json"
+            )
+        name = section.name_or_path
+        report.append(
+            MergeReport(target, name, base_weights, store, difference, agreement, count, source, tuple(warnings))
+        )
+        mark = {"tuner": tuner.__version__, "adapter": file_entries(directory), **dataclasses.asdict(report[0])}
+        del mark["output"]
+        (place / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+
+    publish_directory(target, write, what="the merged model", needed_bytes=needed, replace=True)
+    return report[0]
+
+
+# --- what is merged ---------------------------------------------------------------------------------------------------
+
+
+def find_adapter(path: Path) -> tuple[Path, Path | None]:
+    """`(adapter directory, its run directory or None)` from either of the two; the run's hashes are verified."""
+    if (path / "adapter_config.json").is_file():
+        directory, run = path, path.resolve().parent
+    elif (path / "adapter" / "adapter_config.json").is_file():
+        directory, run = path / "adapter", path
+    elif (path / "model").is_dir() or (path / "config.json").is_file():
+        ready = path / "model" if (path / "model").is_dir() else path
+        raise ModelError(f"{path} holds full weights, so there is nothing to merge; {ready} is ready to use")
+    elif read_manifest(path) is not None:
+        raise ModelError(f"{path} holds no adapter yet: the run has not finished; continue it with --resume")
+    else:
+        raise ModelError(f"{path} is neither a run directory nor an adapter directory (no adapter_config.json)")
+    manifest = read_manifest(run)
+    if manifest is None:
+        return directory, None
+    actual = file_entries(directory)
+    for name, entry in manifest.get("results", {}).get("adapter", {}).items():
+        if actual.get(name) != entry:
+            raise ModelError(
+                f"{directory / name} is not the file that the run wrote (its sha256 differs); restore it, or copy the "
+                "adapter out of the run directory if it was changed on purpose"
+            )
+    return directory, run
+
+
+def _target(output: Path, overwrite: bool) -> Path:
+    if output.is_symlink():
+        raise RunDirError(f"{output} is a symbolic link; name the directory itself as --output")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise RunDirError(f"{output} exists already; pass --overwrite to replace it, or another --output")
+        if not (output / MARK).is_file():
+            raise RunDirError(f"{output} is not a merge of tuner's, so it is not overwritten; choose another --output")
+    return output
+
+
+def _meta(directory: Path) -> tuple[AdapterMeta, list[str]]:
+    """What the adapter says about itself; of one by another tool, what peft's file says, and what that leaves open."""
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{directory} is a {config.get('peft_type')} adapter; only LoRA and its kin can be merged")
+    meta = read_meta(directory)
+    if meta is not None:
+        return meta, []
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{directory}/adapter_config.json names no base_model_name_or_path; add it")
+    warning = (
+        f"{directory} holds no tuner.json: whether {base} is the base it was trained on, and whether that was quantised, "
+        "could not be checked"
+    )
+    return AdapterMeta(base, config.get("revision"), "", None, "", ()), [warning]
+
+
+def _section(meta: AdapterMeta, base: str | None) -> ModelSection:
+    """The base as it was trained on; it is read in fp32, or in the dtype it was quantised from."""
+    name, revision = (base, None) if base else (meta.base, meta.revision)
+    if meta.quantization is None:
+        return ModelSection(name_or_path=name, revision=revision, dtype="float32")
+    return ModelSection(
+        name_or_path=name,
+        revision=revision,
+        dtype=str(meta.quantization["compute_dtype"]).removeprefix("torch."),  # type: ignore[arg-type]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=meta.quantization["type"],
+        bnb_4bit_use_double_quant=meta.quantization["double_quant"],
+    )
+
+
+def _check_base(section: ModelSection, meta: AdapterMeta, directory: Path) -> None:
+    found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
+    if found != meta.base_sha256:
+        raise ModelError(
+            f"{directory} was trained on another base: {section.name_or_path} has sha256 {found[:12]}..., the adapter's "
+            f"base had {meta.base_sha256[:12]}...; give the right one with --base"
+        )
+
+
+def _refuse_tied(base: PreTrainedModel, directory: Path) -> None:
+    """With tied embeddings a delta on one of the two would reach the other too (or, merged by peft, count twice)."""
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        touched = {part for key in file.keys() for part in key.split(".") if part in ("embed_tokens", "lm_head")}
+    if touched and base.config.tie_word_embeddings:
+        raise ModelError(
+            f"{directory} trains {' and '.join(sorted(touched))}, which this base ties together, so no merged model scores "
+            "like it; use the adapter unmerged"
+        )
+
+
+def stored_dtype(files: Sequence[Path]) -> str:
+    """The dtype that most of the weights in safetensors files have."""
+    sizes: Counter[str] = Counter()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                sizes[part.get_dtype()] += int(torch.Size(part.get_shape()).numel())
+    return _STORED.get(sizes.most_common(1)[0][0], "float32")
+
+
+def _reference_base(section: ModelSection) -> tuple[PreTrainedModel, str]:
+    """The base in fp32 on the CPU, as the adapter knew it, and a word on what that is."""
+    if not section.load_in_4bit:
+        return load_base(section, "cpu", trainable=False), "weights as stored"
+    name = section.bnb_4bit_quant_type.upper()
+    double = ", double quantisation" if section.bnb_4bit_use_double_quant else ""
+    return dequantized_base(
+        section
+    ), f"weights dequantised from {name}{double}: the base this QLoRA adapter was trained on"
+
+
+def dequantized_base(section: ModelSection) -> PreTrainedModel:
+    """The 4-bit base of `section`, quantised anew as in training and dequantised before any forward, in fp32.
+
+    (After an evaluation forward on some CPUs bitsandbytes' packed weights no longer dequantise to themselves.)
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized = load_base(section, device, trainable=False)
+    plain = load_base(section.model_copy(update={"load_in_4bit": False, "dtype": "float32"}), "cpu", trainable=False)
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                packed = quantize.is_4bit(module) and leaf == "weight"
+                value = quantize.dequantize(module, torch.float32) if packed else parameter
+                plain.get_parameter(f"{name}.{leaf}").copy_(value)
+    return plain
+
+
+# --- what goes with the weights ---------------------------------------------------------------------------------------
+
+
+def _tokenizer(section: ModelSection, meta: AdapterMeta) -> tuple[PreTrainedTokenizerFast, Template | None]:
+    """The base's tokenizer with the chat template that was trained; None: that is not one of ours."""
+    tokenizer = load_tokenizer(section.name_or_path, section.revision)
+    template = TEMPLATES.get(meta.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template.jinja
+    return tokenizer, template
+
+
+def _set_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, meta: AdapterMeta) -> None:
+    """The terminators that were trained end generation, also for tools that read config.json alone."""
+    generation: Any = lm.generation_config
+    known = generation.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or [])
+    if meta.stop_ids:
+        every = list(dict.fromkeys([*meta.stop_ids, *ends]))
+        lm.config.eos_token_id = generation.eos_token_id = every if len(every) > 1 else every[0]
+    if tokenizer.pad_token_id is not None:
+        lm.config.pad_token_id = generation.pad_token_id = tokenizer.pad_token_id
+    sampled = any(v not in (None, 1.0) for v in (generation.temperature, generation.top_p))
+    if sampled and not generation.do_sample:
+        generation.do_sample = True  # Llama 2 ships temperature without sampling, which transformers refuses to save
+
+
+def comparison_prompts(
+    run: Path | None, tokenizer: PreTrainedTokenizerFast, template: Template | None
+) -> tuple[list[list[int]], str]:
+    """`(token ids, where they are from)`: held-out questions or rows of the run, else chats that are built in."""
+    renderer = Renderer(tokenizer, template, "assistant" if template else "all", MAX_TOKENS, "truncate")
+    try:
+        if run is not None and (held_out := _held_out(run, renderer)):
+            return held_out, "held out by the run"
+    except TunerError:
+        pass  # the data has moved since; any text will do for comparing two models
+    return [_ids(renderer, (Message("user", q),), a) for q, a in _BUILT_IN], "built in"
+
+
+def _held_out(run: Path, renderer: Renderer) -> list[list[int]]:
+    own = recipe.load(run / "recipe.yaml", find_inputs=False)
+    if own.eval.questions is not None:
+        return [_ids(renderer, q.messages, q.answer) for q in read_questions(own.eval.questions)[:NUM_PROMPTS]]
+    if not isinstance(own.data.eval, tuple) or recipe.is_hub_id(own.data.eval[0].path):
+        return []
+    source = own.data.eval[0].model_copy(update={"limit": NUM_PROMPTS})
+    data = own.data.model_copy(update={"max_length": MAX_TOKENS, "overlong": "truncate"})
+    split = load_split([source], data, renderer.tokenizer, renderer.template)
+    return [tokens.ids() for tokens in split.tokens[:NUM_PROMPTS]]
+
+
+def _ids(renderer: Renderer, messages: Sequence[Message], answer: str) -> list[int]:
+    """A question and its answer as ids; plain text where there is no chat template."""
+    if renderer.template is None:
+        text = "\n".join([*(m.content for m in messages), answer])
+        return renderer.prompt_ids([Message("text", text)])[:MAX_TOKENS]
+    prompt = renderer.prompt_ids(messages)
+    rendered = renderer.render(Example(tuple(messages), ((Message("assistant", answer),),)))
+    return rendered[0].ids() if rendered else prompt[:MAX_TOKENS]
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def logits(lm: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """`[tokens, vocabulary]` fp32 of each prompt, one at a time."""
+    with torch.no_grad():
+        return [lm(input_ids=torch.tensor([list(p)]), use_cache=False).logits[0].float() for p in prompts]
+
+
+def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float, int]:
+    """`(largest difference, share of positions with the same top token, positions)`."""
+    difference, same, count = 0.0, 0, 0
+    for e, a in zip(expected, actual, strict=True):
+        gap = float((e - a).abs().max())
+        if not gap < float("inf"):
+            raise NonFiniteError("the merged model gives logits that are not finite; nothing was written")
+        difference = max(difference, gap)
+        same += int((e.argmax(-1) == a.argmax(-1)).sum())
+        count += e.shape[0]
+    return difference, same / count, count
+
+
+def _fresh(directory: Path) -> PreTrainedModel:
+    """What a user of plain transformers gets, in fp32; every key of it must be there and known."""
+    lm, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    odd = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if odd:
+        raise RunError(f"the merged model does not load cleanly, so nothing was written: {odd}")
+    assert isinstance(lm, PreTrainedModel)
+    return lm.eval()

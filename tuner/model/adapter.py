@@ -1,0 +1,241 @@
+"""A frozen base + the recipe's adapter section -> a model whose adapter trains, and back to files that peft loads."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuner.errors import ModelError, RecipeError
+from tuner.model import quantize
+from tuner.recipe import AdapterSection
+
+ADAPTER = "default"
+META_FILE = "tuner.json"
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What an adapter must say about itself to be merged right: written beside it as `tuner.json`."""
+
+    base: str
+    revision: str | None
+    base_sha256: str
+    quantization: dict[str, Any] | None  # {"type", "double_quant", "compute_dtype"}, or None for an unquantised base
+    chat_template: str
+    stop_ids: tuple[int, ...]
+
+
+def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
+    """Wraps a frozen base with the adapter of the recipe; trainable parameters are stored in fp32.
+
+    Raises:
+        RecipeError: a target that matches no module, or one that cannot be adapted.
+    """
+    if section.path:
+        model = load_adapter(base, Path(section.path), trainable=True)
+    else:
+        targets = resolve_targets(base, section.target_modules)
+        _check_saved_modules(base, section.modules_to_save)
+        config = LoraConfig(
+            r=section.r,
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            target_modules=targets,
+            modules_to_save=list(section.modules_to_save) or None,
+            use_rslora=section.use_rslora,
+            use_dora=section.use_dora,
+            init_lora_weights=section.init_lora_weights,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if starts_off_zero(model):
+        _keep_start(model)
+    return model
+
+
+def starts_off_zero(model: PeftModel) -> bool:
+    """Whether the base was changed at the start to make room for the adapter (PiSSA, arXiv:2404.02948)."""
+    return str(model.peft_config[ADAPTER].init_lora_weights).startswith("pissa")
+
+
+def resolve_targets(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Names of the linears to adapt; `all-linear` is every linear but the head.
+
+    Raises:
+        RecipeError: a name that matches no linear (with the nearest one), or the head.
+    """
+    linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    if targets == "all-linear":
+        return sorted(linears)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    every = {n for n, _ in base.named_modules() if n}
+    for name in names:
+        if name.rpartition(".")[2] == "lm_head":
+            raise RecipeError("adapter.target_modules: LoRA on lm_head is not supported; put it in modules_to_save")
+        if name.rpartition(".")[2] not in linears or not any(n == name or n.endswith("." + name) for n in every):
+            near = difflib.get_close_matches(name, linears, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise RecipeError(
+                f"adapter.target_modules: '{name}' matches no linear of this model{hint}; known: "
+                f"{', '.join(sorted(linears))}, or all-linear"
+            )
+    return names
+
+
+def _check_saved_modules(base: PreTrainedModel, names: Iterable[str]) -> None:
+    leaves = {n.rpartition(".")[2] for n, _ in base.named_modules() if n}
+    for name in names:
+        if name not in leaves:
+            near = difflib.get_close_matches(name, leaves, n=1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise RecipeError(f"adapter.modules_to_save: '{name}' matches no module of this model{hint}")
+        if name in ("embed_tokens", "lm_head") and base.config.tie_word_embeddings:
+            raise RecipeError(
+                f"adapter.modules_to_save: '{name}' is tied to the other embedding in this checkpoint, so a trained copy "
+                "would come apart from it; use full fine-tuning, or leave it frozen"
+            )
+
+
+def matched_modules(model: PeftModel) -> dict[str, int]:
+    """How many linears of each name carry an adapter, for the manifest."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, lora.layer.LoraLayer):
+            leaf = name.rpartition(".")[2]
+            counts[leaf] = counts.get(leaf, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _keep_start(model: PeftModel) -> None:
+    """Remembers A and B at the start, which the base lacks: the result is saved relative to the untouched base."""
+    for module in model.modules():
+        if isinstance(module, lora.layer.LoraLayer) and ADAPTER in module.lora_A:
+            for matrix in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
+                matrix.register_buffer("start", matrix.weight.detach().clone(), persistent=False)
+
+
+def adapter_tensors(model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
+    """The adapter as peft's own state dict and config, so that it fits the *untouched* base.
+
+    PiSSA trains W0 - s B0 A0 + s B A, so relative to W0 the change is s [B, -B0] [A; A0]: plain LoRA of twice the rank.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    config: LoraConfig = LoraConfig(**_config_fields(model))
+    config.inference_mode = True
+    if starts_off_zero(model):
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, lora.layer.LoraLayer)}
+        for name, module in modules.items():
+            a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+            state[f"{name}.lora_A.weight"] = torch.cat([a.weight, a.get_buffer("start")], dim=0)
+            state[f"{name}.lora_B.weight"] = torch.cat([b.weight, -b.get_buffer("start")], dim=1)
+        factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scaling alpha/r, or alpha/sqrt(r)
+        config.lora_alpha, config.r, config.init_lora_weights = config.lora_alpha * factor, 2 * config.r, True  # type: ignore[assignment]
+    return {k: v.detach().cpu().contiguous() for k, v in state.items()}, config
+
+
+def _config_fields(model: PeftModel) -> dict[str, Any]:
+    config = model.peft_config[ADAPTER].to_dict()
+    config["base_model_name_or_path"] = model.get_base_model().config.name_or_path
+    known = LoraConfig.__dataclass_fields__
+    return {k: v for k, v in config.items() if k in known and known[k].init}
+
+
+def save_adapter(model: PeftModel, directory: Path, meta: AdapterMeta) -> None:
+    """Writes `adapter_model.safetensors`, `adapter_config.json` and `tuner.json`; plain peft loads the first two."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors, config = adapter_tensors(model)
+    config.base_model_name_or_path = meta.base
+    config.revision = meta.revision
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+    (directory / META_FILE).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+
+
+def read_meta(directory: Path) -> AdapterMeta | None:
+    """What `tuner.json` says beside an adapter, or None for an adapter that another tool wrote."""
+    file = directory / META_FILE
+    if not file.is_file():
+        return None
+    try:
+        fields: Mapping[str, Any] = json.loads(file.read_text())
+        return AdapterMeta(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+    except (ValueError, TypeError, KeyError):
+        raise ModelError(f"{file} cannot be read; the adapter directory is damaged") from None
+
+
+def load_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved adapter on a base; a key that is missing, unexpected or of another shape is an error.
+
+    Raises:
+        ModelError: no adapter there, a damaged file, or an adapter that does not fit this base.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(f"{directory} holds no adapter_config.json; give an adapter directory")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{directory} holds no adapter_model.safetensors; tuner reads safetensors only")
+    try:
+        model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{directory}/adapter_model.safetensors cannot be read: {_first_line(error)}") from None
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the adapter {directory} does not fit this base: {_first_line(error)}") from None
+    expected = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
+    found = set(_saved_keys(directory))
+    if expected != found:
+        odd = sorted(expected ^ found)[0]
+        raise ModelError(f"the adapter {directory} does not fit this base: '{odd}' is in only one of the two")
+    return model
+
+
+def _saved_keys(directory: Path) -> list[str]:
+    # the header of a safetensors file is JSON behind its 8-byte little-endian length
+    with (directory / "adapter_model.safetensors").open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return [k for k in header if k != "__metadata__"]
+
+
+def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: bool) -> None:
+    """Refuses control tokens that pretraining never touched where the embeddings stay frozen.
+
+    A row of zeros, or rows equal to each other, can be neither read nor emitted by an adapter on the linears.
+
+    Raises:
+        ModelError: names the tokens and the remedy.
+    """
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if trained or quantize.is_4bit(model):
+        return
+    rows = weight[list(ids)].detach().float()
+    norms = rows.norm(dim=1)
+    typical = weight[: min(4096, weight.shape[0])].detach().float().norm(dim=1).median()
+    dead = [name for name, norm in zip(ids.values(), norms, strict=True) if norm < 1e-3 * typical]
+    same = (torch.cdist(rows, rows) + torch.eye(len(rows)) * typical) < 1e-3 * typical
+    dead += [name for name, twin in zip(ids.values(), same.any(dim=1), strict=True) if twin and name not in dead]
+    if dead:
+        raise ModelError(
+            f"the embeddings of {', '.join(dead)} were never trained in this base (rows of zeros, or equal to each "
+            "other) and would stay frozen; add adapter.modules_to_save: [embed_tokens, lm_head], fine-tune the full "
+            "weights, or use a data.chat_template whose control tokens the base knows"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return re.split(r"\n", text)[0] if text else type(error).__name__

@@ -1,0 +1,225 @@
+"""Recipe -> tokenizer and base model: Hugging Face checkpoint directories and Hub ids, safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+from tuner.errors import ModelError
+from tuner.model import attention, quantize
+from tuner.recipe import ModelSection
+
+FAMILIES = ("llama", "mistral")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the local disk: its directory, and the Hub commit it came from if it did."""
+
+    path: Path
+    commit: str | None = None
+
+
+def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
+    """The local directory of a checkpoint; a Hub id is downloaded (or found in the cache) and pinned to its commit.
+
+    Raises:
+        ModelError: nothing is there, or the Hub cannot be reached and the cache does not hold it.
+    """
+    local = Path(name_or_path)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(f"model.name_or_path: {name_or_path} holds no config.json; give a checkpoint directory")
+        return Checkpoint(local)
+    if local.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise ModelError(f"model.name_or_path: '{name_or_path}' is neither a directory nor a Hub id (org/name)")
+    try:
+        path = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(_FILES)))
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"model.name_or_path: '{name_or_path}' is no local directory, it is not in the Hub cache, and the Hub cannot "
+            "be reached; download it first, or give the path of a checkpoint directory"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.name_or_path: the Hub refused '{name_or_path}': {reason}") from None
+    return Checkpoint(path, commit=path.name)
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a Llama-family checkpoint; any other architecture is refused by name."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{checkpoint.path}/config.json cannot be read: {_first_line(error)}") from None
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"{checkpoint.path} is a '{config.model_type}' model; tuner trains the Llama family ({', '.join(FAMILIES)})"
+        )
+    return config
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint; slow ones are refused, since they can give no exact ids for spans of text."""
+    path = find_checkpoint(name_or_path, revision).path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(f"{path}: the tokenizer has no tokenizer.json; convert it to a fast tokenizer first")
+    return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills short prompts: the tokenizer's own, Llama 3's pad token, its first reserved one, or EOS.
+
+    Nothing ever attends to it and no loss counts it, so the vocabulary is never resized to make room for one.
+    """
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    known = {str(token.content): index for index, token in tokenizer.added_tokens_decoder.items()}
+    for name in ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"):
+        if name in known:
+            return known[name]
+    return int(tokenizer.eos_token_id or 0)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` -> bf16 where the hardware computes in it natively, else fp32; a name -> that dtype."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory; the shards that an index names must all be there.
+
+    Raises:
+        ModelError: no safetensors, a shard missing, or a shard name that leaves the directory.
+    """
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(f"{index} cannot be read; fetch the checkpoint again") from None
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index} names a shard outside its directory: '{name}'")
+            if not (path / name).is_file():
+                raise ModelError(f"{path}: shard {name} is missing; fetch the checkpoint again")
+        return [path / name for name in names]
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise ModelError(f"{path} holds no model.safetensors; tuner reads safetensors only, convert the weights first")
+    return [single]
+
+
+def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
+    """sha256 over the weight files of a checkpoint, in name order: says whether two bases are the same."""
+    digest = hashlib.sha256()
+    for file in weight_files(find_checkpoint(name_or_path, revision).path):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_base(
+    model: ModelSection,
+    device: torch.device | str,
+    *,
+    trainable: bool,
+    param_dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The causal language model that a recipe names, on `device`.
+
+    Args:
+        model: the recipe's section; `load_in_4bit` quantises the linears to NF4 or FP4.
+        trainable: every weight is trained, so it is stored in `param_dtype`; else it is frozen in the compute dtype.
+
+    Raises:
+        ModelError: not a Llama-family checkpoint, weights missing, truncated or of other names than the config asks for.
+    """
+    device = torch.device(device)
+    checkpoint = find_checkpoint(model.name_or_path, model.revision)
+    config = load_config(checkpoint)
+    compute = resolve_dtype(model.dtype, device)
+    files = weight_files(checkpoint.path)
+    for file in files:
+        _check_readable(file)
+    options: dict[str, Any] = {}
+    if model.load_in_4bit:
+        quantize.check_shapes(config.hidden_size, config.intermediate_size)
+        options["quantization_config"] = quantize.quantization_config(
+            model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant, compute
+        )
+        options["device_map"] = {"": device}
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype=param_dtype if trainable else compute,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {_first_line(error)}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(k) for k in info.get(kind) or ()):
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ModelError(f"{checkpoint.path}: {kind.replace('_', ' ')} in the weights: {shown}")
+    lm.requires_grad_(trainable)
+    return lm if model.load_in_4bit else lm.to(device)
+
+
+def plan_implementation(requested: str) -> str:
+    """`auto` -> `tuner_varlen`; an explicit name as it is."""
+    return attention.NAME if requested == "auto" else requested
+
+
+def _check_readable(file: Path) -> None:
+    """A truncated or foreign file fails here, by name, before any memory is spent on the model."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            if not list(tensors.keys()):
+                raise ModelError(f"{file} holds no tensors; fetch the checkpoint again")
+    except (SafetensorError, OSError) as error:
+        size = os.path.getsize(file)
+        raise ModelError(
+            f"{file} ({size} bytes) is truncated or is not a safetensors file ({_first_line(error)}); "
+            "fetch the checkpoint again"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

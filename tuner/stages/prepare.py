@@ -1,0 +1,329 @@
+"""A recipe -> what every training stage needs before its first step: machine, data, run directory, model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+from tuner import kernels
+from tuner import recipe as recipes
+from tuner.checkpoint import RECIPE, Checkpoint, RunDir
+from tuner.data.render import Renderer
+from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
+from tuner.data.templates import Template, control_ids, fingerprint
+from tuner.evaluate import Question, read_questions
+from tuner.model.adapter import AdapterMeta, attach, check_trained_tokens, matched_modules, save_adapter
+from tuner.model.fuse import fuse
+from tuner.model.load import (
+    DTYPES,
+    base_fingerprint,
+    find_checkpoint,
+    load_base,
+    load_config,
+    load_tokenizer,
+    padding_id,
+    plan_implementation,
+    resolve_dtype,
+)
+from tuner.model.policy import Policy
+from tuner.recipe import Recipe
+from tuner.train.setup import (
+    Devices,
+    find_devices,
+    resolve_microbatch,
+    resolve_threads,
+    seed_everything,
+)
+
+AUTOMATIC = (
+    "model.dtype", "model.attn_implementation", "model.kernels", "train.microbatch_tokens", "train.threads",
+)  # fmt: skip
+
+
+# --- machine ---
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices of this process, and the recipe with every automatic value decided for them."""
+
+    recipe: Recipe
+    devices: Devices
+
+
+def machine(recipe: Recipe, *, resume: bool) -> Machine:
+    """Decides every `auto` once; a resumed run reuses what it decided at its start."""
+    devices = find_devices()
+    given = recipes.flatten(recipe)
+    stored = Path(recipe.train.output_dir) / RECIPE
+    if resume and stored.is_file():
+        before = recipes.flatten(recipes.load(stored, find_inputs=False))
+        recipe = recipes.resolved(
+            recipe, {k: before[k] for k in AUTOMATIC if given.get(k) == "auto" and before.get(k) is not None}
+        )
+    model, train = recipe.model, recipe.train
+    threads = resolve_threads(train.threads, devices.world_size)
+    recipe = recipes.resolved(
+        recipe,
+        {
+            "model.dtype": str(resolve_dtype(model.dtype, devices.device)).removeprefix("torch."),
+            "model.attn_implementation": plan_implementation(model.attn_implementation),
+            "model.kernels": kernels.resolve_backend(model.kernels),
+            "train.microbatch_tokens": resolve_microbatch(
+                train.microbatch_tokens, devices.device, recipe.data.max_length
+            ),
+            "train.threads": threads,
+        },
+    )
+    torch.set_num_threads(threads)
+    seed_everything(train.seed)
+    return Machine(recipe, devices)
+
+
+# --- data ---
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything about the data of a run, rendered, planned and hashed."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template | None
+    renderer: Renderer  # for prompts and stop ids
+    train: Split
+    held_out: Split | None
+    questions: Sequence[Question]
+    plan: Plan
+
+    def identity(self) -> dict[str, str]:
+        """Hashes that a resumed run must find unchanged."""
+        return {
+            "data.train (content)": self.train.hash,
+            "data.eval (content)": self.held_out.hash if self.held_out else "none",
+            "data.chat_template (text)": fingerprint(self.template.jinja) if self.template else "none",
+        }
+
+
+def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
+    """Reads, renders and plans; prints what was found, and every row that was left out."""
+    section, train = recipe.data, recipe.train
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
+    template = choose_template(section.train, section, tokenizer)
+    split = load_split(section.train, section, tokenizer, template, seed=train.seed)
+    held_out: Split | None = None
+    if isinstance(section.eval, float):
+        split, held_out = holdout(split, section.eval)
+    elif section.eval:
+        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed)
+    questions = read_questions(recipe.eval.questions) if recipe.eval.questions else ()
+    assert isinstance(train.microbatch_tokens, int)
+    plan = Plan(
+        [len(sample) for sample in split.tokens],
+        batch_size=train.batch_size,
+        batch_unit=train.batch_unit,
+        microbatch_tokens=train.microbatch_tokens,
+        packing=section.packing,
+        num_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+        seed=train.seed,
+        world_size=devices.world_size,
+    )
+    renderer = Renderer(tokenizer, template, section.train_on, section.max_length, section.overlong)
+    found = Data(tokenizer, template, renderer, split, held_out, questions, plan)
+    if devices.is_main:
+        _print_data(found, recipe, console)
+    return found
+
+
+def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
+    def say(label: str, lines: Sequence[str]) -> None:
+        for i, line in enumerate(lines):
+            console.print(f"{label if i == 0 else '':<9}{line}", highlight=False, markup=False)
+
+    say("data", found.train.report.lines())
+    if found.held_out:
+        say("held out", found.held_out.report.lines())
+    template = found.template.name if found.template else "none (raw text)"
+    say("template", [f"{template}; trained: {recipe.data.train_on}"])
+    plan, unit = found.plan, recipe.train.batch_unit
+    epochs = plan.epochs_done(plan.num_steps)
+    size = f"{recipe.train.batch_size:,} {unit}"
+    say("plan", [f"{plan.num_steps:,} steps of {size} ({epochs:.2g} epochs of {plan.steps_per_epoch:,} steps)"])
+
+
+def report_dry_run(found: Data, console: Console) -> dict[str, Any]:
+    """What a dry run returns: the counts, without training."""
+    console.print("dry run  nothing was trained or written")
+    return {"steps": found.plan.num_steps, "data": found.train.report.as_dict()}
+
+
+# --- run directory ---
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run directory that is ready: on the main rank with its lock, on the others only what they need to know."""
+
+    run: RunDir | None
+    checkpoint: Checkpoint | None
+    finished: bool
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe,
+    machine: Machine,
+    data: Data,
+    resume: bool,
+    overwrite: bool,
+    allow_drift: Sequence[str],
+    console: Console,
+) -> Iterator[Opened]:
+    """Makes, resumes or replaces the run directory on the main rank, and tells the others what it found."""
+    if not machine.devices.is_main:
+        yield _broadcast(None)
+        return
+    identity = recipes.flatten(recipe) | data.identity()
+    identity["model (weights)"] = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
+    run = RunDir.create(
+        Path(recipe.train.output_dir),
+        recipes.dump(recipe),
+        identity,
+        resume=resume,
+        overwrite=overwrite,
+        allow_drift=allow_drift,
+        log=lambda line: console.print(line, highlight=False, markup=False),
+    )
+    with run:
+        checkpoint = run.latest() if resume and not run.finished else None
+        opened = Opened(run, checkpoint, run.finished, run.manifest.get("summary", {}))
+        _broadcast(Opened(None, checkpoint, run.finished, opened.summary))
+        if not run.finished:
+            reports = {"train": data.train.report.as_dict()}
+            if data.held_out:
+                reports["eval"] = data.held_out.report.as_dict()
+            run.record(data=reports, commit=find_checkpoint(recipe.model.name_or_path, recipe.model.revision).commit)
+        yield opened
+
+
+def _broadcast(opened: Opened | None) -> Opened:
+    values = [opened]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    assert values[0] is not None
+    return values[0]
+
+
+# --- model ---
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy to train, and how its result is saved."""
+
+    policy: Policy
+    save_result: Callable[[RunDir], Path]
+
+
+def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -> Model:
+    """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
+    full = recipe.adapter is None
+    device, model = machine.devices.device, recipe.model
+    base = load_base(model, device, trainable=full, param_dtype=DTYPES[recipe.train.param_dtype])
+    stored_dtype = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype or torch.float32
+    lm: PreTrainedModel | PeftModel = base if recipe.adapter is None else attach(base, recipe.adapter)
+    if data.template is not None:
+        ids = control_ids(data.tokenizer)
+        saved = recipe.adapter.modules_to_save if recipe.adapter else ()
+        used = {ids[name]: name for name in data.template.control}
+        check_trained_tokens(base, used, trained=full or "embed_tokens" in saved)
+    if recipe.train.activation_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fused = fuse(lm)
+    policy = Policy(
+        lm,
+        compute_dtype=DTYPES[model.dtype],
+        kernels=model.kernels,
+        attn_implementation=model.attn_implementation,
+    )
+    if machine.devices.is_main:
+        _print_model(recipe, policy, fused, console)
+    return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype))
+
+
+def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in policy.causal_lm.parameters())
+    if recipe.adapter is None:
+        how = f"full fine-tuning of {trained:,} parameters, stored in {recipe.train.param_dtype}"
+        if recipe.train.param_dtype == "bfloat16":
+            console.print("warning  train.param_dtype bfloat16 rounds away small updates; use it only to save memory")
+    else:
+        assert isinstance(policy.lm, PeftModel)
+        modules = ", ".join(f"{count} {name}" for name, count in matched_modules(policy.lm).items())
+        base = f"{recipe.model.bnb_4bit_quant_type} base" if recipe.model.load_in_4bit else "base"
+        how = f"LoRA on a frozen {base}: {trained:,} parameters train ({modules})"
+    name = (
+        os.path.relpath(recipe.model.name_or_path)
+        if os.path.isdir(recipe.model.name_or_path)
+        else recipe.model.name_or_path
+    )
+    console.print(f"model    {name}, {total:,} parameters, computed in {recipe.model.dtype}", highlight=False)
+    console.print(f"         {how}", highlight=False)
+
+
+def _save_result(
+    run: RunDir, recipe: Recipe, data: Data, lm: PreTrainedModel | PeftModel, stored_dtype: torch.dtype
+) -> Path:
+    """`adapter/` or `model/`, with the tokenizer and the template that trained."""
+    tokenizer = data.tokenizer
+    if data.template is not None:
+        tokenizer.chat_template = data.template.jinja
+    stop_ids = data.renderer.stop_ids
+
+    def save(directory: Path) -> None:
+        if isinstance(lm, PeftModel):
+            save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids))
+        else:
+            lm.generation_config.eos_token_id = list(stop_ids)
+            lm.generation_config.pad_token_id = padding_id(tokenizer)
+            state = {k: v.to(stored_dtype) if v.is_floating_point() else v for k, v in lm.state_dict().items()}
+            lm.config.dtype = stored_dtype
+            lm.save_pretrained(directory, state_dict=state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer.save_pretrained(directory)
+
+    return run.write_result("adapter" if isinstance(lm, PeftModel) else "model", save)
+
+
+def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int]) -> AdapterMeta:
+    model = recipe.model
+    quantization = None
+    if model.load_in_4bit:
+        quantization = {
+            "type": model.bnb_4bit_quant_type,
+            "double_quant": model.bnb_4bit_use_double_quant,
+            "compute_dtype": model.dtype,
+        }
+    return AdapterMeta(
+        base=model.name_or_path,
+        revision=find_checkpoint(model.name_or_path, model.revision).commit,
+        base_sha256=base_fingerprint(model.name_or_path, model.revision),
+        quantization=quantization,
+        chat_template=data.template.name if data.template else "none",
+        stop_ids=tuple(stop_ids),
+    )

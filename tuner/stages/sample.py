@@ -1,0 +1,262 @@
+"""Prompts and a checkpoint or adapter -> answers, printed or written as JSON Lines: what `tuner generate` does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+from tuner import recipe as recipes
+from tuner.data import source
+from tuner.data.formats.messages import to_messages
+from tuner.data.render import Renderer
+from tuner.data.templates import resolve_template
+from tuner.errors import DataError, ModelError, RunDirError, UserError
+from tuner.generate import generate
+from tuner.model.adapter import load_adapter, read_meta
+from tuner.model.fuse import fuse
+from tuner.model.load import base_fingerprint, load_base, load_tokenizer, resolve_dtype
+from tuner.model.policy import Policy
+from tuner.recipe import DataSource, GenerateSection, ModelSection
+from tuner.types import Message
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to speak: a base or a full model, an adapter on it or none, and the template it was trained with."""
+
+    model: ModelSection
+    adapter: Path | None
+    chat_template: str
+    tokenizer: str  # the directory or Hub id that holds it
+    settings: GenerateSection  # the run's own, where it is a run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to a prompt; `stopped` if it ended by itself and not at max_new_tokens."""
+
+    messages: tuple[Message, ...]
+    text: str
+    stopped: bool
+
+    def row(self) -> dict[str, Any]:
+        """As a row of JSON Lines."""
+        turns = [{"role": m.role, "content": m.content} for m in self.messages]
+        return {"messages": turns, "answer": self.text, "stopped": self.stopped}
+
+
+def run(
+    *,
+    model: str | None,
+    adapter: Path | None,
+    prompt: str | None,
+    file: Path | None,
+    system: str | None = None,
+    raw: bool = False,
+    chat_template: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> list[Answer]:
+    """Answers `prompt`, or every prompt of `file`.
+
+    Exactly one of `model` and `adapter`, and one of `prompt` and `file`, is given. `raw` continues text without a
+    template. `settings` are keys of the recipe's generate section, on top of those of the run. One answer is printed as
+    text; those of a file are JSON Lines, on stdout or in `output`, which must not exist.
+
+    Raises:
+        UserError: a prompt, a checkpoint, an adapter, a template or a setting that cannot be used.
+    """
+    if output is not None and output.exists():
+        raise RunDirError(f"'{output}' exists; give another --output, or move it away")
+    prompts = (
+        read_prompts(file, system, raw) if file is not None else [_with_system((_said(prompt, raw),), system, raw)]
+    )
+    subject = find_subject(model, adapter)
+    chosen = _settings(subject.settings, settings or {})
+    tokenizer = load_tokenizer(subject.tokenizer, subject.model.revision)
+    template = None if raw else resolve_template(chat_template or subject.chat_template, tokenizer)
+    renderer = Renderer(tokenizer, template)
+    ids = [renderer.prompt_ids(messages) for messages in prompts]
+    answers = _answer(_load(subject), renderer, tokenizer, prompts, ids, chosen, seed)
+    _write(answers, as_rows=file is not None, output=output)
+    cut = sum(not answer.stopped for answer in answers)
+    if cut:
+        what = "the answer was" if len(answers) == 1 else f"{cut} of {len(answers)} answers were"
+        print(f"{what} cut at --max-new-tokens {chosen.max_new_tokens}", file=sys.stderr)
+    return answers
+
+
+def read_prompts(file: Path, system: str | None, raw: bool) -> list[tuple[Message, ...]]:
+    """The prompts of a .txt file (one a line), or of a data file with rows of `messages` or `prompt`."""
+    if file.suffix == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{file} is not UTF-8 text") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        found = [(_said(line, raw),) for line in lines if line.strip()]
+        if not found:
+            raise DataError(f"{file} holds no prompts")
+        return [_with_system(messages, system, raw) for messages in found]
+    prompts = []
+    for index, row in source.rows(DataSource(path=str(file))):
+        try:
+            prompts.append(_with_system(_prompt(row, raw), system, raw))
+        except DataError as error:
+            raise DataError(f"{file}, row {index}: {error}") from None
+    return prompts
+
+
+def _prompt(row: Mapping[str, Any], raw: bool) -> tuple[Message, ...]:
+    key = next((key for key in ("messages", "prompt", "text") if key in row), None)
+    if key is None:
+        raise DataError(f"has none of the keys messages, prompt and text; it has {', '.join(row) or 'none'}")
+    if isinstance(row[key], str):
+        return (_said(row[key], raw),)
+    messages = to_messages(row[key], key)
+    if raw:
+        raise DataError(f"'{key}' is a list of messages, and --raw continues text; leave out --raw")
+    if messages[-1].role == "assistant":
+        raise DataError(f"'{key}' ends with the assistant's turn, so there is nothing to answer; remove that turn")
+    return messages
+
+
+def _said(text: str | None, raw: bool) -> Message:
+    if not text:
+        raise DataError("the prompt is empty")
+    return Message("text" if raw else "user", text)
+
+
+def _with_system(messages: tuple[Message, ...], system: str | None, raw: bool) -> tuple[Message, ...]:
+    if system is None:
+        return messages
+    if raw:
+        raise UserError("--system has no effect with --raw; leave one of them out")
+    if messages[0].role == "system":
+        raise DataError("has a system message of its own; leave out --system")
+    return (Message("system", system), *messages)
+
+
+def find_subject(model: str | None, adapter: Path | None) -> Subject:
+    """What `--model` or `--adapter` names: a run, a checkpoint or adapter directory, or a Hub id.
+
+    Raises:
+        ModelError: there is nothing of the kind, or the other option is meant.
+    """
+    if adapter is not None:
+        return _adapter_subject(adapter)
+    assert model is not None
+    directory = Path(model).expanduser()
+    if not directory.is_dir() and not recipes.is_hub_id(model):
+        raise ModelError(f"--model: there is no directory '{model}' (a Hub id has the form org/name)")
+    if (directory / "config.json").is_file() or not directory.is_dir():
+        return Subject(ModelSection(name_or_path=model), None, "auto", model, GenerateSection())
+    if (directory / "model" / "config.json").is_file():
+        inner = str(directory / "model")
+        return Subject(ModelSection(name_or_path=inner), None, "auto", inner, _run_settings(directory))
+    if any((directory / name).is_file() for name in ("adapter_config.json", "adapter/adapter_config.json")):
+        raise ModelError(f"--model: '{model}' holds an adapter; give it as --adapter {model}")
+    raise ModelError(f"--model: '{model}' holds neither a checkpoint (config.json) nor a finished run")
+
+
+def _adapter_subject(given: Path) -> Subject:
+    given = given.expanduser()
+    directory = next((d for d in (given, given / "adapter") if (d / "adapter_config.json").is_file()), None)
+    if directory is None:
+        if any((given / name).is_file() for name in ("config.json", "model/config.json")):
+            raise ModelError(f"--adapter: '{given}' holds a full model; give it as --model {given}")
+        kind = "holds no adapter_config.json and no finished run" if given.is_dir() else "is not a directory"
+        raise ModelError(f"--adapter: '{given}' {kind}; give a run or an adapter directory")
+    meta = read_meta(directory)
+    if meta is None:
+        raise ModelError(
+            f"--adapter: '{directory}' has no tuner.json, so its base and template are not known for sure; it was not "
+            "written by tuner, or is incomplete"
+        )
+    try:
+        same = not meta.base_sha256 or base_fingerprint(meta.base, meta.revision) == meta.base_sha256
+    except ModelError as error:
+        raise ModelError(f"the base of the adapter '{directory}': {error}") from None
+    if not same:
+        raise ModelError(f"the weights of {meta.base} have changed since '{directory}' was trained on them")
+    quantization = meta.quantization or {}
+    options: dict[str, Any] = {}
+    if quantization:
+        options = {
+            "load_in_4bit": True,
+            "dtype": quantization["compute_dtype"],
+            "bnb_4bit_quant_type": quantization["type"],
+            "bnb_4bit_use_double_quant": quantization["double_quant"],
+        }
+    section = ModelSection(name_or_path=meta.base, revision=meta.revision, **options)
+    return Subject(section, directory, meta.chat_template, meta.base, _run_settings(directory.parent))
+
+
+def _run_settings(run_dir: Path) -> GenerateSection:
+    """The generate section of the recipe of a run, or the defaults where there is no run."""
+    file = run_dir / "recipe.yaml"
+    return recipes.load(file, find_inputs=False).generate if file.is_file() else GenerateSection()
+
+
+def _settings(own: GenerateSection, given: Mapping[str, Any]) -> GenerateSection:
+    merged = own.model_dump() | dict(given)
+    if merged["temperature"] == 0:
+        for key in ("top_k", "top_p"):
+            if given.get(key) is not None:
+                raise UserError(f"--{key.replace('_', '-')} has no effect at temperature 0; give --temperature too")
+            merged[key] = None
+    return GenerateSection(**merged)
+
+
+def _load(subject: Subject) -> Policy:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm: PreTrainedModel | PeftModel = load_base(subject.model, device, trainable=False)
+    if subject.adapter is not None:
+        lm = load_adapter(lm, subject.adapter)
+    fuse(lm)
+    return Policy(lm, compute_dtype=resolve_dtype(subject.model.dtype, device)).eval()
+
+
+def _answer(
+    policy: Policy,
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[Message, ...]],
+    ids: Sequence[Sequence[int]],
+    settings: GenerateSection,
+    seed: int,
+) -> list[Answer]:
+    stop_ids = renderer.stop_ids
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_ids), 0)
+    with policy.generation_mode() as lm:
+        rows = generate(lm, ids, stop_ids=stop_ids, pad_id=int(pad_id), seed=seed, **settings.model_dump())
+    answers = []
+    for messages, row in zip(prompts, rows, strict=True):
+        stopped = row[-1] in stop_ids
+        text = tokenizer.decode(row[:-1] if stopped else row, clean_up_tokenization_spaces=False)
+        answers.append(Answer(messages, str(text), stopped))
+    return answers
+
+
+def _write(answers: Sequence[Answer], *, as_rows: bool, output: Path | None) -> None:
+    rows = [json.dumps(answer.row(), ensure_ascii=False) for answer in answers]
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("x", encoding="utf-8") as stream:
+            stream.writelines(row + "\n" for row in rows)
+    for answer, row in zip(answers, rows, strict=True):
+        if not as_rows:
+            print(answer.text)
+        elif output is None:
+            print(row)

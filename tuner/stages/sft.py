@@ -1,0 +1,90 @@
+"""A recipe -> a fine-tuned adapter or model: supervised fine-tuning, full weights, LoRA or QLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from tuner.data.pack import weight_sum
+from tuner.losses import language
+from tuner.model.policy import Policy
+from tuner.recipe import Recipe
+from tuner.stages import prepare
+from tuner.train.session import Session
+from tuner.types import Batch, Tokens
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Negative log-likelihood of the trained tokens, divided by the sum of their weights over the optimizer step."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
+        return {"nll": sum(weight_sum(sample) for sample in samples)}
+
+    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
+        return {"nll": self.loss(policy(batch), batch.weights)}
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_drift: Sequence[str] = (),
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Fine-tunes as the recipe says and returns the summary that the manifest keeps.
+
+    Raises:
+        UserError: the recipe, data, model or output directory is wrong; nothing was changed.
+        RunError, Interrupted: the run ended early; its last checkpoint is intact.
+    """
+    console = Console(soft_wrap=True)
+    machine = prepare.machine(recipe, resume=resume)
+    recipe = machine.recipe
+    stage = SFT(language.resolve(recipe.loss.type, recipe.loss.parameters))
+    data = prepare.data(recipe, machine.devices, console)
+    if dry_run:
+        return prepare.report_dry_run(data, console)
+    with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:
+        if opened.finished:
+            console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
+            return dict(opened.summary)
+        base = prepare.load_model(recipe, machine, data, console)
+        session = Session(
+            recipe=recipe,
+            devices=machine.devices,
+            run=opened.run,
+            policy=base.policy,
+            stage=stage,
+            samples=data.train.tokens,
+            plan=data.plan,
+            held_out=data.held_out.tokens if data.held_out else (),
+            questions=data.questions,
+            renderer=data.renderer,
+            tokenizer=data.tokenizer,
+            save_result=base.save_result,
+            console=console,
+        )
+        summary = session.train(opened.checkpoint)
+    report(recipe, summary, base.policy, console)
+    return summary
+
+
+def report(recipe: Recipe, summary: dict[str, Any], policy: Policy, console: Console) -> None:
+    """The last lines a user reads: where the result lies and what to do with it."""
+    directory = Path(recipe.train.output_dir)
+    console.print(f"saved    {directory / summary['result']}", highlight=False)
+    if recipe.adapter is not None:
+        console.print(f"next     tuner merge --adapter {directory}", highlight=False)
+    else:
+        console.print(
+            f"next     tuner generate --model {directory / summary['result']} --prompt '...'", highlight=False
+        )

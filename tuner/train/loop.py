@@ -1,0 +1,215 @@
+"""Samples and a stage -> optimizer steps: the one loop that every stage shares.
+
+A step of the global batch is split into microbatches by tokens and dealt to the ranks. Each term of the loss is divided by
+its denominator over the *whole* step, counted on the host before the first forward, so neither accumulation nor the number
+of ranks moves the trajectory.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tuner.data.pack import pack
+from tuner.data.stream import Plan
+from tuner.errors import NonFiniteError, OutOfMemoryError
+from tuner.train.optim import clip
+from tuner.train.setup import Devices, no_sync
+from tuner.types import Batch, Tokens
+
+MAX_SKIPS_IN_A_ROW = 10
+Sums = Mapping[str, Tensor]
+
+
+class Stage(Protocol):
+    """What to count and what to minimise; the loop does the rest."""
+
+    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
+        """Term of the loss -> what its sum is divided by, counted over the samples of a whole optimizer step."""
+
+    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> Sums:
+        """Term of the loss -> its sum over the batch, with gradient."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimizer steps; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # run through the model, branches and prompts included
+    trained_tokens: float = 0.0  # sum of the weights of the predictions
+    skipped_steps: int = 0  # with on_nan: skip
+    best: float | None = None  # metric of the best evaluation
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best
+    history: dict[str, Any] = field(default_factory=dict)  # what stages keep, e.g. the first evaluation
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, for logs: losses are per unit of their denominator, over all ranks."""
+
+    losses: dict[str, float]
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # of the step, all ranks
+    trained_tokens: float
+    seconds: float
+    skipped: bool = False
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT while a run goes on; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: FrameType | None) -> None:
+        if self.received:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.received = signum
+
+
+@dataclass
+class Loop:
+    """One run's moving parts. `module` is the policy as DDP wraps it; `schedule` gives the rate of each step."""
+
+    policy: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    stage: Stage
+    samples: Sequence[Tokens]
+    plan: Plan
+    devices: Devices
+    max_grad_norm: float = 1.0
+    on_nan: str = "stop"
+    _skips: int = 0
+
+    def run(self, progress: Progress, after_step: Callable[[Progress, StepReport], bool]) -> Progress:
+        """Steps until the plan ends, or until `after_step` returns False."""
+        while progress.step < self.plan.num_steps:
+            report = self.step(progress.step)
+            progress.step += 1
+            progress.tokens += report.tokens
+            progress.trained_tokens += report.trained_tokens
+            progress.skipped_steps += report.skipped
+            if not after_step(progress, report):
+                break
+        return progress
+
+    def step(self, step: int) -> StepReport:
+        """One optimizer step over the global batch; `step` counts from 0."""
+        started = time.perf_counter()
+        whole = [self.samples[i] for i in self.plan.samples(step)]
+        denominators = self.stage.denominators(whole)
+        mine = [[self.samples[i] for i in ids] for ids in self.plan.microbatches(step, self.devices.rank)]
+        self.module.train()
+        sums = []
+        for i, samples in enumerate(mine):
+            with no_sync(self.module, last=i == len(mine) - 1):
+                sums.append(self._accumulate(samples or whole[:1], denominators, weightless=not samples))
+        losses = self._total(sums) / torch.tensor(list(denominators.values()), dtype=torch.float64)
+        norm = clip(self.policy.parameters(), self.max_grad_norm)
+        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(losses).all())
+        rate = self.schedule(step)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        else:
+            self._non_finite(step, mine, sums, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(
+            losses=dict(zip(denominators, losses.tolist(), strict=True)),
+            grad_norm=float(norm),
+            learning_rate=rate,
+            tokens=sum(len(sample) for sample in whole),
+            trained_tokens=next(iter(denominators.values())),
+            seconds=time.perf_counter() - started,
+            skipped=not finite,
+        )
+
+    def _accumulate(self, samples: Sequence[Tokens], denominators: Mapping[str, float], *, weightless: bool) -> Tensor:
+        """Adds the gradient of one microbatch; returns its sums `[terms]` in the order of `denominators`."""
+        batch = pack(samples).to(self.devices.device)
+        try:
+            sums = self.stage.losses(self.module, batch)
+            terms = [sums[name] / denominators[name] for name in denominators]
+            loss = torch.stack(terms).sum() * self.devices.world_size  # DDP averages over ranks
+            # A rank with no microbatch left runs one all the same, times zero, so that no collective waits for it.
+            (loss * 0.0 if weightless else loss).backward()
+        except torch.OutOfMemoryError:
+            raise OutOfMemoryError(
+                f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
+                "set train.activation_checkpointing: true (neither changes the result)"
+            ) from None
+        values = torch.stack([sums[name].detach() for name in denominators]).double()
+        return values * 0.0 if weightless else values
+
+    def _total(self, sums: Sequence[Tensor]) -> Tensor:
+        return self.devices.sum(torch.stack(list(sums)).sum(0)).cpu()
+
+    def _non_finite(self, step: int, mine: Sequence[Sequence[Tokens]], sums: Sequence[Tensor], norm: Tensor) -> None:
+        """Names the step and the rows; raises unless `on_nan: skip` still has patience."""
+        suspects = [samples for samples, s in zip(mine, sums, strict=True) if not torch.isfinite(s).all()] or mine
+        rows = [f"{sample.source} row {sample.row + 1}" for samples in suspects for sample in samples]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = "the loss" if suspects is not mine else f"the gradient (norm {float(norm)})"
+        self._skips += 1
+        if self.on_nan == "stop" or self._skips >= MAX_SKIPS_IN_A_ROW:
+            tail = f" ({self._skips} steps in a row)" if self.on_nan == "skip" else ""
+            raise NonFiniteError(
+                f"step {step + 1}: {what} is not finite{tail}; the weights are those of step {step}. Rows of the step: "
+                f"{shown}. Lower train.learning_rate, or look at these rows"
+            )
+
+
+def evaluate_loss(
+    policy: nn.Module,
+    stage: Stage,
+    samples: Sequence[Tokens],
+    microbatches: Sequence[Sequence[int]],
+    devices: Devices,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> dict[str, float] | None:
+    """Each term of the loss over all samples: sums over sums, so the value does not depend on how they are batched.
+
+    None if `keep_going` said no between two microbatches.
+    """
+    denominators = stage.denominators(samples)
+    total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            for ids in microbatches[devices.rank :: devices.world_size]:
+                if not keep_going():
+                    return None
+                sums = stage.losses(policy, pack([samples[i] for i in ids]).to(devices.device))
+                total += torch.stack([sums[name] for name in denominators]).double()
+    finally:
+        policy.train(was_training)
+    devices.sum(total)
+    return {name: value / denominators[name] for name, value in zip(denominators, total.tolist(), strict=True)}

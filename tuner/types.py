@@ -1,0 +1,132 @@
+"""The data that flows: Example -> Tokens -> Batch -> log-probs.
+
+A row on disk becomes an `Example` (messages), a template renders it to `Tokens` (spans of ids, trained or not), packing
+lays many `Tokens` into one flat `Batch`, and the policy turns a `Batch` into one log-probability per prediction.
+Sizes in comments: N tokens in a row, M predictions, S scored sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    `role` is `system`, `user`, `assistant` or `tool`; or `text` for raw text that no template wraps.
+    `train` overrides the masking policy for this message (`None`: the policy decides).
+    `weight` multiplies the loss of its tokens; 0 is the same as `train=False`.
+    """
+
+    role: str
+    content: str
+    train: bool | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """Messages shared by all completions, then one or more completions (each a list of messages).
+
+    A chat has one completion, which begins at its first trainable turn; a preference pair has two.
+    `source` and `row` say where it came from: a file or Hub id, and the 0-based row in it.
+    """
+
+    prompt: tuple[Message, ...]
+    completions: tuple[tuple[Message, ...], ...]
+    source: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A run of token ids that are all trained (prediction targets) or all not."""
+
+    ids: np.ndarray  # [n] int32
+    trained: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A rendered example: a trunk, and alternative branches that each continue the trunk.
+
+    In SFT there are no branches and the trained spans lie in the trunk. A preference trunk is never trained.
+    """
+
+    trunk: tuple[Span, ...]
+    branches: tuple[tuple[Span, ...], ...] = ()
+    source: str = ""
+    row: int = 0
+
+    def __len__(self) -> int:
+        """Tokens the model runs over: the trunk once, and every branch."""
+        return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that are prediction targets with a non-zero weight."""
+        return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans if s.trained and s.weight)
+
+    def ids(self) -> list[int]:
+        """Trunk and branches in row order, as one flat list."""
+        return [int(i) for spans in (self.trunk, *self.branches) for s in spans for i in s.ids]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries `[start, stop)` of the row and the key ranges they may see, in row positions.
+
+    Every range but the last is seen whole. The last is the queries' own range, seen causally; it is bottom-right
+    aligned with the queries, and so the rule "same document, not later, trunk or own branch" holds for all.
+    """
+
+    query: tuple[int, int]
+    keys: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One flat row of N tokens and M predictions: predict `targets[m]` from the state at `predict_at[m]`."""
+
+    input_ids: Tensor  # [N] int64
+    position_ids: Tensor  # [N] int64; restarts at each document; each branch continues its trunk
+    doc_ids: Tensor  # [N] int64; attention never crosses documents
+    branch_ids: Tensor  # [N] int64; 0 = trunk, seen by all of the document; b > 0 = seen by itself only
+    predict_at: Tensor  # [M] int64; where in the row the predicting state is
+    targets: Tensor  # [M] int64
+    weights: Tensor  # [M] float32, > 0
+    seq_ids: Tensor  # [M] int64; which scored sequence the prediction belongs to
+    seq_doc: Tensor  # [S] int64; document of each scored sequence
+    seq_branch: Tensor  # [S] int64; branch of each scored sequence
+    plan: tuple[Segment, ...]  # the attention plan, on the host
+    rows: tuple[tuple[str, int], ...] = ()  # [documents] (source, row) for messages to people
+    weight_sum: float = 0.0  # sum of weights, worked out on the host
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_predictions(self) -> int:
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy whose tensors live on `device`; the plan stays on the host."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sums per-prediction values `[M]` into per-sequence values `[S]`."""
+        return values.new_zeros(self.seq_doc.shape[0]).index_add(0, self.seq_ids, values)
+
+
+def span(ids: Sequence[int] | np.ndarray, trained: bool, weight: float = 1.0) -> Span:
+    """A `Span` from any sequence of ids."""
+    return Span(np.asarray(ids, dtype=np.int32), trained, weight)
