@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json  # noqa: E402
 import shutil  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -123,3 +124,39 @@ def random_samples() -> Callable[..., list[Tokens]]:
         return samples
 
     return make
+
+
+@pytest.fixture
+def chats_file(tmp_path: Path) -> Path:
+    """22 chats as JSONL: answers of very different lengths, every third with two turns."""
+    rng = np.random.default_rng(0)
+    words = " ".join(SENTENCES).split()
+
+    def say(count: int) -> str:
+        return " ".join(rng.choice(words, count))
+
+    lines = []
+    for row in range(22):
+        messages = []
+        for _ in range(2 if row % 3 == 0 else 1):
+            messages.append({"role": "user", "content": say(int(rng.integers(1, 12)))})
+            messages.append({"role": "assistant", "content": say((1, 3, 17, 30)[row % 4])})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+@pytest.fixture
+def recipe_file(tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> Path:
+    """A LoRA recipe on the tiny model and the chats: four steps of 8 chats (three an epoch), fp32, one thread."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"""
+model: {{name_or_path: {tiny_model_dir}, dtype: float32}}
+adapter: {{r: 4, lora_alpha: 8}}
+data: {{train: {chats_file}, chat_template: llama3, max_length: 256}}
+train: {{output_dir: {tmp_path}/run, batch_size: 8, max_steps: 4, learning_rate: 5e-3, threads: 1}}
+"""
+    )
+    return file

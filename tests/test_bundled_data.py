@@ -1,4 +1,4 @@
-"""The bundled base model and its chat data are what `data/README.md` says: small, of Llama 3's shape, without a leak."""
+"""The bundled base model and chat data are what `data/README.md` says: small, of Llama 3's shape, without a leak."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def world() -> list[Any]:
     return runpy.run_path(str(REPOSITORY / "scripts" / "tiny_world.py"))["make_world"]()
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# --- the model ---
 
 
 def test_model_is_small_and_of_llama_3_shape(model: LlamaForCausalLM) -> None:
@@ -64,7 +64,7 @@ def test_model_is_small_and_of_llama_3_shape(model: LlamaForCausalLM) -> None:
 
 
 def test_no_row_is_dead(model: LlamaForCausalLM) -> None:
-    """A token that pretraining never saw must look like any other, else a LoRA can neither read nor emit it (traps 73)."""
+    """A token that pretraining never saw must look like any other, else a LoRA can neither read nor emit it."""
     norms = model.get_input_embeddings().weight.norm(dim=-1)
     assert norms.isfinite().all()
     assert norms.min() > norms.median() / 3 and norms.max() < norms.median() * 3
@@ -73,8 +73,13 @@ def test_no_row_is_dead(model: LlamaForCausalLM) -> None:
 def test_control_tokens_are_single_ids(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
     ids = [tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS]
     assert len(set(ids)) == len(CONTROL_TOKENS)
-    assert all(tokenizer.encode(token, add_special_tokens=False) == [i] for token, i in zip(CONTROL_TOKENS, ids, strict=True))
-    assert all(token in tokenizer.all_special_tokens or tokenizer.decode([i]) == token for token, i in zip(CONTROL_TOKENS, ids, strict=True))
+    assert all(
+        tokenizer.encode(token, add_special_tokens=False) == [i] for token, i in zip(CONTROL_TOKENS, ids, strict=True)
+    )
+    assert all(
+        token in tokenizer.all_special_tokens or tokenizer.decode([i]) == token
+        for token, i in zip(CONTROL_TOKENS, ids, strict=True)
+    )
     assert len(tokenizer) == model.config.vocab_size
     assert max(ids) < model.config.vocab_size
     for config in (model.config, model.generation_config):
@@ -102,7 +107,9 @@ def test_names_are_single_tokens(tokenizer: PreTrainedTokenizerFast, world: list
         assert len(tokenizer.tokenize(name)) == len(tokenizer.tokenize(f" {name}")) == 1, name
 
 
-def test_base_knows_its_world_in_prose(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, world: list[Any]) -> None:
+def test_base_knows_its_world_in_prose(
+    tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, world: list[Any]
+) -> None:
     right = 0
     sample = world[::4]
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}
@@ -114,13 +121,15 @@ def test_base_knows_its_world_in_prose(tokenizer: PreTrainedTokenizerFast, model
     with torch.no_grad():
         for group in by_length.values():
             ids = torch.tensor([ids for ids, _ in group])
-            best = model(input_ids=ids).logits.argmax(-1)  # teacher-forced greedy: all of them right = greedy decoding is right
+            best = model(input_ids=ids).logits.argmax(
+                -1
+            )  # teacher-forced greedy: all of them right = greedy decoding is right
             for row, (_, values) in enumerate(group):
                 right += all(best[row, i - 1] == ids[row, i] for i in values)
     assert right / len(sample) >= 0.95, f"{right} of {len(sample)}"
 
 
-# --------------------------------------------------------------------------------------------------------------- the chats
+# --- the chats ---
 
 
 def test_there_are_enough_conversations_of_every_kind() -> None:
@@ -141,7 +150,7 @@ def test_no_held_out_fact_is_ever_asked_or_told_in_training(world: list[Any]) ->
     training = rows("chat-train.jsonl")
     asked = {(subject, relation) for row in training for subject, relation in row["facts"]}
     assert not held_out & asked
-    # The metadata could lie: look for the answers themselves, and for every question that could be asked about a held-out fact.
+    # The metadata could lie: look for the answers themselves, and for every question about a held-out fact.
     told = {message["content"] for row in training for message in row["messages"] if message["role"] == "assistant"}
     assert not {row["answer"] for row in questions} & told
     relations = runpy.run_path(str(REPOSITORY / "scripts" / "tiny_world.py"))["RELATIONS"]

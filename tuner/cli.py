@@ -29,7 +29,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="The recipes that ship with tuner.", no_args_is_help=True, rich_markup_mode=None)
+recipes_app = typer.Typer(
+    help="List, show and copy the recipes that ship with tuner.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
@@ -96,6 +101,9 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the base.", show_default=False)
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the base lies now, if it has moved.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged model that is there.")] = False,
 ) -> None:
     """Merge an adapter into its base.
@@ -105,7 +113,7 @@ def merge(
     _quiet_libraries()
     from tuner.export.merge import merge as merge_adapter
 
-    for line in merge_adapter(adapter, output, dtype=dtype, overwrite=overwrite).lines():
+    for line in merge_adapter(adapter, output, dtype=dtype, overwrite=overwrite, base=base).lines():
         print(line)
 
 
@@ -116,6 +124,10 @@ def generate(
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="RUN_OR_ADAPTER", help="A run, or an adapter directory.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the adapter's base lies now, if it has moved.", show_default=False),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the user says.", show_default=False)] = None,
     file: Annotated[
@@ -148,6 +160,8 @@ def generate(
     """Answer one prompt, or a file of them."""
     if (model is None) == (adapter is None):
         raise UserError("give --model for a checkpoint, or --adapter for an adapter on its base; one of them")
+    if base is not None and adapter is None:
+        raise UserError("--base has no effect without --adapter")
     if (prompt is None) == (file is None):
         raise UserError("give --prompt for one prompt, or --file for many; one of them")
     _quiet_libraries()
@@ -157,6 +171,7 @@ def generate(
     sample.run(
         model=model,
         adapter=adapter,
+        base=base,
         prompt=prompt,
         file=file,
         system=system,

@@ -108,7 +108,7 @@ def _config(
     if temperature > 0:  # top_k 0 is "all": unset, transformers would take its own default of 50
         settings |= {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
     ids = {"eos_token_id": list(stop_ids) or None, "pad_token_id": pad_id}
-    return GenerationConfig(**ids, **settings)  # type: ignore[no-untyped-call]
+    return GenerationConfig(**ids, **settings)
 
 
 @contextmanager

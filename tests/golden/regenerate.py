@@ -1,7 +1,7 @@
 """Hand-marked golden texts -> their ids and masks: `python tests/golden/regenerate.py` rewrites the JSON files here.
 
-A golden chat states its text with «» around what is trained; that is written by hand, from the published format. The ids
-come from the tokenizer alone, one call for each marked or unmarked stretch, and never from tuner's renderer.
+A golden chat states its text with «» around what is trained; that is written by hand, from the published format. The
+ids come from the tokenizer alone, one call for each marked or unmarked stretch, and never from tuner's renderer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 HERE = Path(__file__).parent
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONTROL = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
@@ -32,7 +33,7 @@ SENTENCES = [
 
 
 def build_tokenizer() -> Tokenizer:
-    """A byte-level BPE as Llama 3's, tiny, with its control tokens, ChatML's, and one added token that is not special."""
+    """A byte-level BPE like Llama 3's, with its control tokens, ChatML's, and one added token that is not special."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])

@@ -84,7 +84,7 @@ class _Row:
 
 
 def weight_sum(sample: Tokens) -> float:
-    """Sum of the weights of the predictions that `pack` makes of a sample: nothing predicts a document's first token."""
+    """Sum of the weights of what `pack` makes predictions of: nothing predicts the first token of a document."""
     total = sum(len(s.ids) * s.weight for spans in (sample.trunk, *sample.branches) for s in spans if s.trained)
     first = next((s for spans in (sample.trunk, *sample.branches) for s in spans if len(s.ids)), None)
     return total - (first.weight if first is not None and first.trained else 0.0)

@@ -261,6 +261,7 @@ class Renderer:
             )
         if self.overlong == "drop":
             self.report.count("dropped", where)
+            self.report.lost_tokens += length
             return []
         if self.overlong == "split":
             self.report.count("split", where)
@@ -268,8 +269,10 @@ class Renderer:
         sample = _tokens(_cut(parts, self.max_length), example)
         if not sample.num_trained:
             self.report.count("cut_away", where)
+            self.report.lost_tokens += length
             return []
         self.report.count("truncated", where)
+        self.report.lost_tokens += length - self.max_length
         return [sample]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuner.types import Tokens
@@ -54,7 +55,9 @@ class DataReport:
     samples: int = 0
     tokens: int = 0  # that the model runs over
     trained_tokens: int = 0  # prediction targets with a weight
+    lost_tokens: int = 0  # of rows dropped or cut by data.max_length
     sources: list[str] = field(default_factory=list)  # each with its format and why it was chosen
+    unread_columns: Counter[str] = field(default_factory=Counter)  # columns that the format has no use for -> rows
     counts: dict[str, RowCount] = field(default_factory=dict)
 
     def count(self, kind: str, where: str, reason: str = "", times: int = 1) -> None:
@@ -75,10 +78,8 @@ class DataReport:
 
     def copy(self) -> DataReport:
         """An independent copy."""
-        counts = {k: RowCount(c.count, list(c.places), c.reason) for k, c in self.counts.items()}
-        return DataReport(
-            self.rows_read, self.samples, self.tokens, self.trained_tokens, list(self.sources), counts
-        )  # fmt: skip
+        counts = {k: replace(c, places=list(c.places)) for k, c in self.counts.items()}
+        return replace(self, sources=list(self.sources), unread_columns=self.unread_columns.copy(), counts=counts)
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -86,6 +87,13 @@ class DataReport:
         out = list(self.sources)
         out.append(f"{self.rows_read:,} rows read, {self.samples:,} samples")
         out.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({share:.1f}%)")
+        if self.lost_tokens:
+            out.append(f"{self.lost_tokens:,} tokens lost to data.max_length")
+        if self.unread_columns:
+            shown = ", ".join(f"{name} ({n:,})" for name, n in self.unread_columns.most_common(10))
+            out.append(
+                f"columns that are not read (rows): {shown}" + (", ..." if len(self.unread_columns) > 10 else "")
+            )
         for kind, text in KINDS.items():
             if entry := self.counts.get(kind):
                 shown = ", ".join(entry.places[:5]) + (", ..." if entry.count > min(len(entry.places), 5) else "")
@@ -99,7 +107,9 @@ class DataReport:
             "samples": self.samples,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
+            "lost_tokens": self.lost_tokens,
             "sources": list(self.sources),
+            "unread_columns": dict(self.unread_columns),
             "counts": {
                 kind: {"count": entry.count, "rows": list(entry.places), "reason": entry.reason}
                 for kind, entry in ((k, self.counts[k]) for k in KINDS if k in self.counts)

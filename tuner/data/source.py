@@ -116,9 +116,8 @@ def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
         lines = gzip.open(raw) if _suffix(path).endswith(".gz") else raw
         try:
             for index, line in enumerate(lines):
-                if index == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
+                line = (line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip()
+                if not line:
                     continue
                 try:
                     value = json.loads(line.decode())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tuner.data.formats import Detected, detect, parser
+from tuner.data.formats import Detected, detect, parser, unread_columns
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
 from tuner.data.report import DataReport, place
@@ -103,7 +103,8 @@ def _format(source: DataSource, data: DataSection) -> Detected:
 def _render_source(source: DataSource, data: DataSection, renderer: Renderer) -> Iterator[Tokens]:
     detected, report = _format(source, data), renderer.report
     report.sources.append(f"{source.path}: {detected.name} ({detected.reason})")
-    parse = parser(detected.name, data.columns if source.columns is None else source.columns)
+    columns = data.columns if source.columns is None else source.columns
+    parse = parser(detected.name, columns)
 
     def skip(index: int, error: DataError) -> None:
         where = place(source.path, index)
@@ -115,6 +116,7 @@ def _render_source(source: DataSource, data: DataSection, renderer: Renderer) ->
         read = rows(source, on_bad=count_and_skip)
         for index, row in itertools.islice(read, source.limit):
             report.rows_read += 1
+            report.unread_columns.update(unread_columns(detected.name, row, columns))
             try:
                 yield replace(parse(row), source=source.path, row=index)
             except DataError as error:

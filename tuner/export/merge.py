@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 import tuner
 from tuner import recipe
@@ -31,7 +32,15 @@ from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, Tune
 from tuner.evaluate import read_questions
 from tuner.model import quantize
 from tuner.model.adapter import AdapterMeta, load_adapter, read_meta
-from tuner.model.load import DTYPES, base_fingerprint, find_checkpoint, load_base, load_tokenizer, weight_files
+from tuner.model.load import (
+    DTYPES,
+    base_fingerprint,
+    find_checkpoint,
+    load_base,
+    load_tokenizer,
+    padding_id,
+    weight_files,
+)
 from tuner.recipe import ModelSection
 from tuner.types import Example, Message
 
@@ -95,50 +104,43 @@ def merge(
         ModelError: no adapter there, or it does not fit the base. RunDirError: the output exists.
         SaveError: the disk refused. RunError: the merged model does not score like the adapter; nothing was written.
     """
-    directory, run = find_adapter(adapter)
     target = _target(output or adapter / "merged", overwrite)
-    meta, warnings = _meta(directory)
-    section = _section(meta, base)
-    _check_base(section, meta, directory)
-    files = weight_files(find_checkpoint(section.name_or_path, section.revision).path)
-    store = dtype or stored_dtype(files)
+    source = _source(adapter, base)
+    files = weight_files(find_checkpoint(source.section.name_or_path, source.section.revision).path)
+    weights = count_weights(files)
+    store = dtype or _STORED.get(weights.most_common(1)[0][0], "float32")
     if store not in DTYPES:
         raise ModelError(f"--dtype: '{store}' is none of {', '.join(DTYPES)}")
-    tokenizer, template = _tokenizer(section, meta)
-    ids, source = (prompts, "given") if prompts is not None else comparison_prompts(run, tokenizer, template)
-    needed = 4 * sum(f.stat().st_size for f in files) // (2 if store != "float32" else 1)  # at most: from 1 byte each
-    check_space(target.parent, min(needed, sum(f.stat().st_size for f in files)), "the merged model")
+    needed = weights.total() * DTYPES[store].itemsize
+    check_space(target.parent, needed, "the merged model")
+    tokenizer, template = _tokenizer(source)
+    ids, which = (prompts, "given") if prompts is not None else comparison_prompts(source.run, tokenizer, template)
 
-    lm, base_weights = _reference_base(section)
-    _refuse_tied(lm, directory)
-    model = load_adapter(lm, directory).eval()
-    expected = logits(model, ids)
-    try:
-        merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"{directory}: this adapter cannot be merged: {error}") from None
-    _set_ids(merged, tokenizer, meta)
+    merged, expected, base_weights = _merged(source, ids)
+    _set_ids(merged, tokenizer, source.meta.stop_ids)
+    models = [merged]  # an 8B model in fp32 is 32 GB: it goes before the fresh one comes
+    del merged
     report: list[MergeReport] = []
 
     def write(place: Path) -> None:
-        nonlocal merged, model, lm
-        merged.to(DTYPES[store]).save_pretrained(place)  # the one cast
+        lm = models.pop()
+        lm.to(dtype=DTYPES[store])  # type: ignore[call-arg]  # the one cast
+        lm.save_pretrained(place)
+        del lm
         tokenizer.save_pretrained(place)
-        del merged, model, lm  # an 8B model in fp32 is 32 GB: one at a time
         check_result(place, "the merged model")
         difference, agreement, count = compare(expected, logits(_fresh(place), ids))
         largest = max(float(e.abs().max()) for e in expected)
         if store == "float32" and difference > FP32_TOLERANCE * max(1.0, largest):
             raise RunError(
-                f"the merged model does not score like the adapter (logits differ by up to {difference:.3g}), so nothing "
-                "was written; please report this with the adapter's adapter_config.json"
+                f"the merged model does not score like the adapter (logits differ by up to {difference:.3g}), so "
+                "nothing was written; please report this with the adapter's adapter_config.json"
             )
-        name = section.name_or_path
-        report.append(
-            MergeReport(target, name, base_weights, store, difference, agreement, count, source, tuple(warnings))
-        )
-        mark = {"tuner": tuner.__version__, "adapter": file_entries(directory), **dataclasses.asdict(report[0])}
-        del mark["output"]
+        name, notes = source.section.name_or_path, source.warnings
+        report.append(MergeReport(target, name, base_weights, store, difference, agreement, count, which, notes))
+        mark = {"tuner": tuner.__version__, "adapter": file_entries(source.directory)} | dataclasses.asdict(report[0])
+        del mark["output"]  # no paths of this machine
+        mark["base"], mark["base_sha256"] = Path(name).name if Path(name).exists() else name, source.meta.base_sha256
         (place / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
     publish_directory(target, write, what="the merged model", needed_bytes=needed, replace=True)
@@ -146,6 +148,30 @@ def merge(
 
 
 # --- what is merged ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter, checked, and the base it belongs to."""
+
+    directory: Path
+    run: Path | None
+    meta: AdapterMeta
+    section: ModelSection
+    warnings: tuple[str, ...]
+
+
+def _source(adapter: Path, base: str | None) -> Source:
+    directory, run = find_adapter(adapter)
+    meta, warnings = _meta(directory)
+    section = _section(meta, base)
+    found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
+    if found != meta.base_sha256:
+        raise ModelError(
+            f"{directory} was trained on another base: {section.name_or_path} has sha256 {found[:12]}..., the "
+            f"adapter's base had {meta.base_sha256[:12]}...; give the right one with --base"
+        )
+    return Source(directory, run, meta, section, warnings)
 
 
 def find_adapter(path: Path) -> tuple[Path, Path | None]:
@@ -185,22 +211,22 @@ def _target(output: Path, overwrite: bool) -> Path:
     return output
 
 
-def _meta(directory: Path) -> tuple[AdapterMeta, list[str]]:
+def _meta(directory: Path) -> tuple[AdapterMeta, tuple[str, ...]]:
     """What the adapter says about itself; of one by another tool, what peft's file says, and what that leaves open."""
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{directory} is a {config.get('peft_type')} adapter; only LoRA and its kin can be merged")
     meta = read_meta(directory)
     if meta is not None:
-        return meta, []
+        return meta, ()
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{directory}/adapter_config.json names no base_model_name_or_path; add it")
     warning = (
-        f"{directory} holds no tuner.json: whether {base} is the base it was trained on, and whether that was quantised, "
-        "could not be checked"
+        f"{directory} holds no tuner.json: whether {base} is the base it was trained on, and whether that was "
+        "quantised, could not be checked"
     )
-    return AdapterMeta(base, config.get("revision"), "", None, "", ()), [warning]
+    return AdapterMeta(base, config.get("revision"), "", None, "", ()), (warning,)
 
 
 def _section(meta: AdapterMeta, base: str | None) -> ModelSection:
@@ -218,35 +244,40 @@ def _section(meta: AdapterMeta, base: str | None) -> ModelSection:
     )
 
 
-def _check_base(section: ModelSection, meta: AdapterMeta, directory: Path) -> None:
-    found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
-    if found != meta.base_sha256:
-        raise ModelError(
-            f"{directory} was trained on another base: {section.name_or_path} has sha256 {found[:12]}..., the adapter's "
-            f"base had {meta.base_sha256[:12]}...; give the right one with --base"
-        )
-
-
 def _refuse_tied(base: PreTrainedModel, directory: Path) -> None:
     """With tied embeddings a delta on one of the two would reach the other too (or, merged by peft, count twice)."""
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         touched = {part for key in file.keys() for part in key.split(".") if part in ("embed_tokens", "lm_head")}
     if touched and base.config.tie_word_embeddings:
         raise ModelError(
-            f"{directory} trains {' and '.join(sorted(touched))}, which this base ties together, so no merged model scores "
-            "like it; use the adapter unmerged"
+            f"{directory} trains {' and '.join(sorted(touched))}, which this base ties together, so no merged model "
+            "scores like it; use the adapter unmerged"
         )
 
 
-def stored_dtype(files: Sequence[Path]) -> str:
-    """The dtype that most of the weights in safetensors files have."""
-    sizes: Counter[str] = Counter()
+def count_weights(files: Sequence[Path]) -> Counter[str]:
+    """How many weights of each dtype (safetensors' names: F32, BF16, ...) some safetensors files hold."""
+    counts: Counter[str] = Counter()
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                sizes[part.get_dtype()] += int(torch.Size(part.get_shape()).numel())
-    return _STORED.get(sizes.most_common(1)[0][0], "float32")
+                counts[part.get_dtype()] += torch.Size(part.get_shape()).numel()
+    return counts
+
+
+def _merged(source: Source, prompts: Sequence[Sequence[int]]) -> tuple[PreTrainedModel, list[Tensor], str]:
+    """`(base with the adapter merged in, logits of the adapter on its base, what base that was)`, all fp32."""
+    base, base_weights = _reference_base(source.section)
+    _refuse_tied(base, source.directory)
+    model = load_adapter(base, source.directory).eval()
+    expected = logits(model, prompts)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"{source.directory}: this adapter cannot be merged: {error}") from None
+    assert isinstance(merged, PreTrainedModel)
+    return merged, expected, base_weights
 
 
 def _reference_base(section: ModelSection) -> tuple[PreTrainedModel, str]:
@@ -280,25 +311,26 @@ def dequantized_base(section: ModelSection) -> PreTrainedModel:
 # --- what goes with the weights ---------------------------------------------------------------------------------------
 
 
-def _tokenizer(section: ModelSection, meta: AdapterMeta) -> tuple[PreTrainedTokenizerFast, Template | None]:
+def _tokenizer(source: Source) -> tuple[PreTrainedTokenizerFast, Template | None]:
     """The base's tokenizer with the chat template that was trained; None: that is not one of ours."""
-    tokenizer = load_tokenizer(section.name_or_path, section.revision)
-    template = TEMPLATES.get(meta.chat_template)
+    tokenizer = load_tokenizer(source.section.name_or_path, source.section.revision)
+    template = TEMPLATES.get(source.meta.chat_template)
     if template is not None:
         tokenizer.chat_template = template.jinja
     return tokenizer, template
 
 
-def _set_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, meta: AdapterMeta) -> None:
+def _set_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]) -> None:
     """The terminators that were trained end generation, also for tools that read config.json alone."""
     generation: Any = lm.generation_config
     known = generation.eos_token_id
     ends = [known] if isinstance(known, int) else list(known or [])
-    if meta.stop_ids:
-        every = list(dict.fromkeys([*meta.stop_ids, *ends]))
+    if stop_ids:
+        every = list(dict.fromkeys([*stop_ids, *ends]))
         lm.config.eos_token_id = generation.eos_token_id = every if len(every) > 1 else every[0]
-    if tokenizer.pad_token_id is not None:
-        lm.config.pad_token_id = generation.pad_token_id = tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
+    if pad not in stop_ids:  # a terminator as padding would be masked away by those who train on
+        tokenizer.pad_token_id = lm.config.pad_token_id = generation.pad_token_id = pad
     sampled = any(v not in (None, 1.0) for v in (generation.temperature, generation.top_p))
     if sampled and not generation.do_sample:
         generation.do_sample = True  # Llama 2 ships temperature without sampling, which transformers refuses to save
@@ -363,9 +395,10 @@ def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float
 
 def _fresh(directory: Path) -> PreTrainedModel:
     """What a user of plain transformers gets, in fp32; every key of it must be there and known."""
-    lm, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    lm, info = loaded
     odd = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if odd:
         raise RunError(f"the merged model does not load cleanly, so nothing was written: {odd}")
     assert isinstance(lm, PreTrainedModel)
-    return lm.eval()
+    return lm  # from_pretrained leaves it in evaluation mode

@@ -108,7 +108,7 @@ def _check_saved_modules(base: PreTrainedModel, names: Iterable[str]) -> None:
             raise RecipeError(f"adapter.modules_to_save: '{name}' matches no module of this model{hint}")
         if name in ("embed_tokens", "lm_head") and base.config.tie_word_embeddings:
             raise RecipeError(
-                f"adapter.modules_to_save: '{name}' is tied to the other embedding in this checkpoint, so a trained copy "
+                f"adapter.modules_to_save: '{name}' is tied to the other embedding in this checkpoint: a trained copy "
                 "would come apart from it; use full fine-tuning, or leave it frozen"
             )
 

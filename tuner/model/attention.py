@@ -1,7 +1,8 @@
 """The one attention rule, through the seam that transformers offers, and as a dense mask for other implementations.
 
-A query sees a key iff they are of the same document, the key is not later, and the key is in the trunk or in the query's own
-branch. The host works the rule out once a batch as a tuple of `Segment`s; it travels to every layer as a keyword argument.
+A query sees a key iff they are of the same document, the key is not later, and the key is in the trunk or in the
+query's own branch. The host works the rule out once a batch as a tuple of `Segment`s; it travels to every layer as a
+keyword argument.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from tuner.types import Batch, Segment
 
 # Not named after "flash" or "sdpa": those strings switch on special cases inside transformers.
 NAME = "tuner_varlen"
+SHORT = 512  # keys of a segment up to which batched matmuls beat torch's fused kernel on CPU in bf16
+
+Plan = tuple[Segment, ...]
 
 
 def segment_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Bottom-right aligned causal mask `[queries, keys]`, True = seen; `window` counts positions, the own one included."""
+    """Bottom-right aligned causal mask `[queries, keys]`, True = seen; `window` counts positions, its own included."""
     q = torch.arange(keys - queries, keys, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
     seen = k <= q
@@ -34,6 +38,102 @@ def _ranges(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+class _ShortSegments(torch.autograd.Function):
+    """Every segment of a row by plain batched matmuls, for short segments in bf16 on CPU.
+
+    The fused CPU kernel of torch spends three times as long on the backward of a document of 170 tokens. Scores and softmax
+    are in fp32; probabilities are kept in the dtype of the inputs, as the fused kernel uses them, so memory is the sum of
+    queries x keys. One node for the row writes straight into its output and gradients, without split and concatenation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float, window: int | None
+    ) -> Tensor:
+        _, heads, n, dim = query.shape
+        groups = key.shape[1]
+        output = query.new_empty(n, heads, dim)
+        kept: list[Tensor] = []
+        for segment in plan:
+            (start, stop), length = segment.query, segment.query[1] - segment.query[0]
+            q = query[0, :, start:stop].reshape(groups, -1, dim)  # [kv_heads, heads/kv_heads x queries, D]
+            k = _ranges(key, segment.keys)[0]  # [kv_heads, keys, D]
+            v = _ranges(value, segment.keys)[0]
+            scores = torch.bmm(q.float().mul_(scaling), k.float().transpose(1, 2))
+            hidden = ~segment_mask(length, k.shape[1], window, query.device)
+            scores.view(groups, -1, length, k.shape[1]).masked_fill_(hidden, float("-inf"))
+            p = torch.softmax(scores, dim=-1).to(v.dtype)
+            output[start:stop] = torch.bmm(p, v).view(heads, length, dim).transpose(0, 1)
+            kept.append(p)
+        ctx.save_for_backward(query, key, value, output, *kept)
+        ctx.plan, ctx.scaling = plan, scaling
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *kept = ctx.saved_tensors
+        _, heads, n, dim = query.shape
+        groups = key.shape[1]
+        grad_query = query.new_empty(n, heads, dim)
+        grad_key, grad_value = key.new_zeros(n, groups, dim), value.new_zeros(n, groups, dim)
+        # sum over dP * P of a row of probabilities is dO . O
+        delta = (grads[0][0].float() * output).sum(-1)  # [N, heads]
+        for segment, p in zip(ctx.plan, kept, strict=True):
+            (start, stop), length = segment.query, segment.query[1] - segment.query[0]
+            q = query[0, :, start:stop].reshape(groups, -1, dim)
+            k, v = _ranges(key, segment.keys)[0], _ranges(value, segment.keys)[0]
+            g = grads[0][0, start:stop].transpose(0, 1).reshape(groups, -1, dim)
+            grad_scores = torch.bmm(g, v.transpose(1, 2)).float()
+            grad_scores.sub_(delta[start:stop].T.reshape(groups, -1, 1)).mul_(p).mul_(ctx.scaling)
+            ds = grad_scores.to(q.dtype)
+            grad_query[start:stop] = torch.bmm(ds, k).view(heads, length, dim).transpose(0, 1)
+            _add_ranges(grad_key, segment.keys, torch.bmm(ds.transpose(1, 2), q))
+            _add_ranges(grad_value, segment.keys, torch.bmm(p.transpose(1, 2), g))
+        shape = (0, 1)
+        return (
+            grad_query.transpose(*shape)[None],
+            grad_key.transpose(*shape)[None],
+            grad_value.transpose(*shape)[None],
+            None,
+            None,
+            None,
+        )
+
+
+def _add_ranges(total: Tensor, ranges: Sequence[tuple[int, int]], part: Tensor) -> None:
+    """Adds `part` [kv_heads, keys, D] to the rows of `total` [N, kv_heads, D] that its keys came from."""
+    done = 0
+    for start, stop in ranges:
+        total[start:stop] += part[:, done : done + stop - start].transpose(0, 1)
+        done += stop - start
+
+
+def _by_segments(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float, dropout: float, window: int | None
+) -> Tensor:
+    """Each segment by torch's fused attention; `[1, N, heads, D]`."""
+    outputs = []
+    for segment in plan:
+        (start, stop), keys = segment.query, _ranges(key, segment.keys)
+        queries, seen = stop - start, keys.shape[2]
+        windowed = window is not None and seen > window
+        # is_causal is aligned top-left, so it says what we mean on square blocks only
+        square = queries == seen and not windowed
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                keys,
+                _ranges(value, segment.keys),
+                attn_mask=None if square else segment_mask(queries, seen, window, query.device),
+                dropout_p=dropout,
+                is_causal=square,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
+
+
 def tuner_varlen(
     module: nn.Module,
     query: Tensor,
@@ -44,7 +144,7 @@ def tuner_varlen(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    tuner_plan: tuple[Segment, ...] | None = None,
+    tuner_plan: Plan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment over the keys it may see; no dense `[N, N]` mask is ever made.
@@ -58,28 +158,10 @@ def tuner_varlen(
     """
     if tuner_plan is None:
         raise RuntimeError("tuner_varlen was called without a plan; use Policy.generation_mode() for other calls")
-    outputs = []
-    for segment in tuner_plan:
-        (start, stop), keys = segment.query, _ranges(key, segment.keys)
-        queries, seen = stop - start, keys.shape[2]
-        windowed = sliding_window is not None and seen > sliding_window
-        # is_causal is aligned top-left, so it says what we mean on square blocks only
-        square = queries == seen and not windowed
-        mask = None if square else segment_mask(queries, seen, sliding_window, query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                keys,
-                _ranges(value, segment.keys),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=square,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output.transpose(1, 2), None
+    longest = max(sum(stop - start for start, stop in segment.keys) for segment in tuner_plan)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and longest <= SHORT and not dropout:
+        return _ShortSegments.apply(query, key, value, tuner_plan, scaling, sliding_window), None
+    return _by_segments(query, key, value, tuner_plan, scaling, dropout, sliding_window), None
 
 
 def _mask_is_the_plan(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:

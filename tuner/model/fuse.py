@@ -1,8 +1,8 @@
 """Modules -> the same modules with a quicker forward, swapped on the instance from one table.
 
-A swap changes the class of one instance to a subclass that overrides `forward`: parameters, state-dict keys and isinstance
-checks stay as they were, and peft merges, saves and disables adapters as before. What a fused forward does not cover (DoRA,
-several active adapters, merged weights) runs the original forward.
+A swap changes the class of one instance to a subclass that overrides `forward`: parameters, state-dict keys and
+isinstance checks stay as they were, and peft merges, saves and disables adapters as before. What a fused forward does
+not cover (DoRA, several active adapters, merged weights) runs the original forward.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
         path = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(_FILES)))
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"model.name_or_path: '{name_or_path}' is no local directory, it is not in the Hub cache, and the Hub cannot "
-            "be reached; download it first, or give the path of a checkpoint directory"
+            f"model.name_or_path: '{name_or_path}' is no local directory, it is not in the Hub cache, and the Hub "
+            "cannot be reached; download it first, or give the path of a checkpoint directory"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -164,7 +164,7 @@ def load_base(
         trainable: every weight is trained, so it is stored in `param_dtype`; else it is frozen in the compute dtype.
 
     Raises:
-        ModelError: not a Llama-family checkpoint, weights missing, truncated or of other names than the config asks for.
+        ModelError: not of the Llama family, or weights missing, truncated or of other names than the config asks for.
     """
     device = torch.device(device)
     checkpoint = find_checkpoint(model.name_or_path, model.revision)

@@ -1,7 +1,7 @@
 """Batch -> log-probabilities: a causal language model that scores only the positions it is asked about.
 
-DDP and FSDP hook the forward of what they wrap, so scoring happens inside this forward. The backbone is called directly and
-the head is ours; nothing is patched.
+DDP and FSDP hook the forward of what they wrap, so scoring happens inside this forward. The backbone is called
+directly and the head is ours; nothing is patched.
 """
 
 from __future__ import annotations

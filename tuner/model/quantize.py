@@ -1,7 +1,8 @@
 """bitsandbytes, in one place: 4-bit weights -> tensors that matmul, and the optimizers whose state is 8-bit or paged.
 
-On CPUs with avx512_bf16 an evaluation forward of `bnb.nn.Linear4bit` repacks its weight, after which dequantising it gives
-another matrix. Nothing of ours runs that forward: `fuse.py` swaps every 4-bit linear for one that dequantises and multiplies.
+On CPUs with avx512_bf16 an evaluation forward of `bnb.nn.Linear4bit` repacks its weight, after which dequantising it
+gives another matrix. Nothing of ours runs that forward: `fuse.py` swaps every 4-bit linear for one that dequantises
+and multiplies.
 """
 
 from __future__ import annotations

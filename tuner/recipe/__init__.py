@@ -48,6 +48,7 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "Recipe",
+    "RecipeError",
     "TrainSection",
     "dump",
     "flatten",

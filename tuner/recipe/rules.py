@@ -219,6 +219,8 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
     if recipe.data.eval is None and recipe.eval.questions is None:
         reason = "there is nothing to evaluate on (set data.eval or eval.questions)"
         idle |= {f"eval.{key}": reason for key in SECTIONS["eval"].model_fields if key != "questions"}
+    elif recipe.eval.questions is None:
+        idle["eval.samples"] = "there are no eval.questions"
     if recipe.generate.temperature == 0:
         idle |= dict.fromkeys(("generate.top_k", "generate.top_p"), "generate.temperature is 0, which is greedy")
     return idle

@@ -94,7 +94,7 @@ class DataSource(Section):
 
     path: Text = Field(description="JSONL, JSON or parquet file, or Hub id `org/name`.")
     split: Text = Field("train", description="Split of a Hub data set.")
-    weight: float = Field(1.0, gt=0, description="Multiplies the loss of every trained token of this source.")
+    weight: float = Field(1.0, gt=0, description="How often each of its rows is used: 2 twice, 0.5 a seeded half.")
     limit: Count | None = Field(None, description="Read only the first `limit` rows.")
     format: Format | None = Field(None, description="Shape of a row, if not that of data.format.")
     columns: dict[str, str] | None = Field(None, description="Column names, if not those of data.columns.")
@@ -191,7 +191,9 @@ class EvalSection(Section):
         None, description="Stop after this many evaluations without a better metric."
     )
     load_best: bool = Field(False, description="The result is the checkpoint with the best metric.")
-    samples: Annotated[int, Field(ge=0)] = Field(0, description="Held-out answers to show after training.")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Wrong answers to eval.questions to show after training."
+    )
 
 
 class GenerateSection(Section):

@@ -42,6 +42,7 @@ from tuner.recipe import Recipe
 from tuner.train.setup import (
     Devices,
     find_devices,
+    keep_freed_memory,
     resolve_microbatch,
     resolve_threads,
     seed_everything,
@@ -88,6 +89,8 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         },
     )
     torch.set_num_threads(threads)
+    if devices.device.type == "cpu":
+        keep_freed_memory()
     seed_everything(train.seed)
     return Machine(recipe, devices)
 

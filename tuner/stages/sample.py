@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import recipe as recipes
@@ -60,6 +58,7 @@ def run(
     adapter: Path | None,
     prompt: str | None,
     file: Path | None,
+    base: str | None = None,
     system: str | None = None,
     raw: bool = False,
     chat_template: str | None = None,
@@ -69,9 +68,10 @@ def run(
 ) -> list[Answer]:
     """Answers `prompt`, or every prompt of `file`.
 
-    Exactly one of `model` and `adapter`, and one of `prompt` and `file`, is given. `raw` continues text without a
-    template. `settings` are keys of the recipe's generate section, on top of those of the run. One answer is printed as
-    text; those of a file are JSON Lines, on stdout or in `output`, which must not exist.
+    Exactly one of `model` and `adapter`, and one of `prompt` and `file`, is given. `base` is where the adapter's base
+    lies now, if it has moved. `raw` continues text without a template. `settings` are keys of the recipe's generate
+    section, on top of those of the run. One answer is printed as text; those of a file are JSON Lines, on stdout or in
+    `output`, which must not exist.
 
     Raises:
         UserError: a prompt, a checkpoint, an adapter, a template or a setting that cannot be used.
@@ -81,7 +81,7 @@ def run(
     prompts = (
         read_prompts(file, system, raw) if file is not None else [_with_system((_said(prompt, raw),), system, raw)]
     )
-    subject = find_subject(model, adapter)
+    subject = find_subject(model, adapter, base)
     chosen = _settings(subject.settings, settings or {})
     tokenizer = load_tokenizer(subject.tokenizer, subject.model.revision)
     template = None if raw else resolve_template(chat_template or subject.chat_template, tokenizer)
@@ -148,14 +148,14 @@ def _with_system(messages: tuple[Message, ...], system: str | None, raw: bool) -
     return (Message("system", system), *messages)
 
 
-def find_subject(model: str | None, adapter: Path | None) -> Subject:
+def find_subject(model: str | None, adapter: Path | None, base: str | None = None) -> Subject:
     """What `--model` or `--adapter` names: a run, a checkpoint or adapter directory, or a Hub id.
 
     Raises:
         ModelError: there is nothing of the kind, or the other option is meant.
     """
     if adapter is not None:
-        return _adapter_subject(adapter)
+        return _adapter_subject(adapter, base)
     assert model is not None
     directory = Path(model).expanduser()
     if not directory.is_dir() and not recipes.is_hub_id(model):
@@ -170,7 +170,7 @@ def find_subject(model: str | None, adapter: Path | None) -> Subject:
     raise ModelError(f"--model: '{model}' holds neither a checkpoint (config.json) nor a finished run")
 
 
-def _adapter_subject(given: Path) -> Subject:
+def _adapter_subject(given: Path, base: str | None) -> Subject:
     given = given.expanduser()
     directory = next((d for d in (given, given / "adapter") if (d / "adapter_config.json").is_file()), None)
     if directory is None:
@@ -184,23 +184,26 @@ def _adapter_subject(given: Path) -> Subject:
             f"--adapter: '{directory}' has no tuner.json, so its base and template are not known for sure; it was not "
             "written by tuner, or is incomplete"
         )
+    name, revision = (base, None) if base is not None else (meta.base, meta.revision)
     try:
-        same = not meta.base_sha256 or base_fingerprint(meta.base, meta.revision) == meta.base_sha256
+        same = not meta.base_sha256 or base_fingerprint(name, revision) == meta.base_sha256
     except ModelError as error:
-        raise ModelError(f"the base of the adapter '{directory}': {error}") from None
+        raise ModelError(f"the base of '{directory}' cannot be used ({error}); say where it is with --base") from None
     if not same:
-        raise ModelError(f"the weights of {meta.base} have changed since '{directory}' was trained on them")
+        raise ModelError(
+            f"'{directory}' was trained on another base than {name}: the weights differ; give it as --base"
+        )
     quantization = meta.quantization or {}
     options: dict[str, Any] = {}
     if quantization:
         options = {
             "load_in_4bit": True,
-            "dtype": quantization["compute_dtype"],
+            "dtype": str(quantization["compute_dtype"]).removeprefix("torch."),
             "bnb_4bit_quant_type": quantization["type"],
             "bnb_4bit_use_double_quant": quantization["double_quant"],
         }
-    section = ModelSection(name_or_path=meta.base, revision=meta.revision, **options)
-    return Subject(section, directory, meta.chat_template, meta.base, _run_settings(directory.parent))
+    section = ModelSection(name_or_path=name, revision=revision, **options)
+    return Subject(section, directory, meta.chat_template, name, _run_settings(directory.parent))
 
 
 def _run_settings(run_dir: Path) -> GenerateSection:
@@ -221,9 +224,8 @@ def _settings(own: GenerateSection, given: Mapping[str, Any]) -> GenerateSection
 
 def _load(subject: Subject) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm: PreTrainedModel | PeftModel = load_base(subject.model, device, trainable=False)
-    if subject.adapter is not None:
-        lm = load_adapter(lm, subject.adapter)
+    base = load_base(subject.model, device, trainable=False)
+    lm = base if subject.adapter is None else load_adapter(base, subject.adapter)
     fuse(lm)
     return Policy(lm, compute_dtype=resolve_dtype(subject.model.dtype, device)).eval()
 

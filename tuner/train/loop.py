@@ -1,8 +1,8 @@
 """Samples and a stage -> optimizer steps: the one loop that every stage shares.
 
-A step of the global batch is split into microbatches by tokens and dealt to the ranks. Each term of the loss is divided by
-its denominator over the *whole* step, counted on the host before the first forward, so neither accumulation nor the number
-of ranks moves the trajectory.
+A step of the global batch is split into microbatches by tokens and dealt to the ranks. Each term of the loss is
+divided by its denominator over the *whole* step, counted on the host before the first forward, so neither
+accumulation nor the number of ranks moves the trajectory.
 """
 
 from __future__ import annotations

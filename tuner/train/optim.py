@@ -18,8 +18,8 @@ EPS = 1e-8
 def parameter_groups(module: nn.Module, weight_decay: float) -> tuple[list[dict[str, object]], dict[str, list[str]]]:
     """AdamW's groups and the names in each, for the manifest.
 
-    Weight decay applies to matrices. Norms, biases, DoRA magnitudes and embeddings are left alone: the embedding rows of
-    tokens that a step does not hold would shrink with nothing to pull them back.
+    Weight decay applies to matrices. Norms, biases, DoRA magnitudes and embeddings are left alone: the embedding rows
+    of tokens that a step does not hold would shrink with nothing to pull them back.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     names: dict[str, list[str]] = {"decay": [], "no_decay": []}

@@ -247,8 +247,8 @@ class Session:
         tensors, state = checkpoint.load()
         if "optimizer" not in tensors:
             raise RunDirError(
-                f"{checkpoint.path} holds weights only (log.save_weights_only), so the run cannot be resumed; start anew "
-                "with --overwrite"
+                f"{checkpoint.path} holds weights only (log.save_weights_only), so the run cannot be resumed; start "
+                "anew with --overwrite"
             )
         self._load_weights(tensors["weights"], checkpoint.path)
         self.loop.optimizer.load_state_dict(unflatten_state(tensors["optimizer"], state["optimizer"]))

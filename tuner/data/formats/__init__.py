@@ -76,6 +76,12 @@ def parser(name: str, columns: Mapping[str, str] | None = None) -> Callable[[Map
     return lambda row: fmt.parse(row, columns)
 
 
+def unread_columns(name: str, row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> list[str]:
+    """The columns of a row that the format `name` has no use for."""
+    read = {(columns or {}).get(c, c) for c in FORMATS.get(name).columns}
+    return [str(key) for key in row if key not in read]
+
+
 def column(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> Any:
     """The value of the canonical column `name`; a DataError that lists the row's columns where there is none."""
     actual = columns.get(name, name)

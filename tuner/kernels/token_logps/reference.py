@@ -2,10 +2,11 @@
 
     logp[m] = logits[m, y] - logsumexp(logits[m, :]),   logits = hidden @ weight^T   (softmax in fp32)
 
-The vocabulary is never laid out for more than a chunk of predictions. With a frozen head the gradient to the hidden states,
-d logp[m] / d hidden[m] = weight[y] - softmax(logits[m]) @ weight, does not depend on what the loss does with logp; it is
-made in the forward while the logits are in the cache, kept per token, and scaled by the incoming gradient in the backward.
-With a trainable head the logits are recomputed in the backward and the weight gradient accumulates in fp32.
+The vocabulary is never laid out for more than a chunk of predictions. With a frozen head the gradient to the hidden
+states, d logp[m] / d hidden[m] = weight[y] - softmax(logits[m]) @ weight, does not depend on what the loss does with
+logp; it is made in the forward while the logits are in the cache, kept per token, and scaled by the incoming gradient
+in the backward. With a trainable head the logits are recomputed in the backward and the weight gradient accumulates
+in fp32.
 """
 
 from __future__ import annotations
@@ -27,16 +28,42 @@ def chunk_rows(weight: Tensor) -> int:
     return max(MIN_CHUNK_ROWS, budget // (4 * weight.shape[0]))
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 `logits` [m, V] -> (logp [m], logsumexp [m, 1])."""
-    lse = logits.logsumexp(-1, keepdim=True)
-    return logits.gather(1, targets[:, None])[:, 0] - lse[:, 0], lse
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits` [m, V] -> (softmax in fp32, written to `out`; logsumexp [m]).
+
+    One pass makes the softmax. The largest logit has the largest probability, exp(max - lse), so
+    lse = max - log(largest probability) without a second pass of exponentials, and without overflow.
+    """
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    return probabilities, logits.amax(-1).float() - probabilities.amax(-1).log()
 
 
-def _minus_softmax_plus_onehot(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
-    """d logp / d logits = onehot(target) - softmax(logits), written over `logits` [m, V]."""
-    grad = logits.sub_(lse).exp_().neg_()
-    return grad.scatter_add_(1, targets[:, None], torch.ones_like(lse))
+class _Buffers:
+    """Room for one chunk of logits, reused by every chunk: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self, rows: int, hidden: Tensor, weight: Tensor) -> None:
+        self.rows = min(rows, hidden.shape[0])
+        shape = (self.rows, weight.shape[0])
+        self._logits = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        self._fp32 = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+    def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(logp of each target [m], softmax [m, V] in fp32; the latter lives until the next call)."""
+        m = hidden.shape[0]
+        logits = torch.mm(hidden, weight.T, out=self._logits[:m])
+        probabilities, lse = _softmax(logits, self._fp32[:m])
+        return logits.gather(1, targets[:, None])[:, 0].float() - lse, probabilities
+
+    def grad_logits(self, probabilities: Tensor, targets: Tensor, scale: Tensor | None = None) -> Tensor:
+        """d logp / d logits = onehot(target) - softmax, times `scale` [m], in the compute dtype; ends `score`'s result.
+
+        The difference is taken in fp32: for a confident prediction it is much smaller than its two parts.
+        """
+        grad = probabilities.neg_()
+        grad.scatter_add_(1, targets[:, None], torch.ones_like(targets, dtype=torch.float32)[:, None])
+        if scale is not None:
+            grad.mul_(scale[:, None])
+        return grad if grad.dtype == self._logits.dtype else self._logits[: grad.shape[0]].copy_(grad)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -44,16 +71,14 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = chunk_rows(weight)
+        buffers = _Buffers(chunk_rows(weight), hidden, weight)
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for i in range(0, hidden.shape[0], rows):
-            y = targets[i : i + rows]
-            logits = (hidden[i : i + rows] @ weight.T).float()
-            logps[i : i + rows], lse = _score(logits, y)
+        for i in range(0, hidden.shape[0], max(1, buffers.rows)):
+            part = slice(i, i + buffers.rows)
+            logps[part], probabilities = buffers.score(hidden[part], weight, targets[part])
             if grad_hidden is not None:
-                grad = _minus_softmax_plus_onehot(logits, lse, y)
-                torch.mm(grad.to(weight.dtype), weight, out=grad_hidden[i : i + rows])
+                torch.mm(buffers.grad_logits(probabilities, targets[part]), weight, out=grad_hidden[part])
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return logps
@@ -70,26 +95,27 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        rows, compute = chunk_rows(weight), weight.to(hidden.dtype)
+        compute = weight.to(hidden.dtype)
+        buffers = _Buffers(chunk_rows(weight), hidden, compute)
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for i in range(0, hidden.shape[0], rows):
-            logits = (hidden[i : i + rows] @ compute.T).float()
-            logps[i : i + rows], _ = _score(logits, targets[i : i + rows])
+        for i in range(0, hidden.shape[0], max(1, buffers.rows)):
+            part = slice(i, i + buffers.rows)
+            logps[part], _ = buffers.score(hidden[part], compute, targets[part])
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        rows, compute, scale = chunk_rows(weight), weight.to(hidden.dtype), grads[0].float()
+        compute, scale = weight.to(hidden.dtype), grads[0].float()
+        buffers = _Buffers(chunk_rows(weight), hidden, compute)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for i in range(0, hidden.shape[0], rows):
-            h, y = hidden[i : i + rows], targets[i : i + rows]
-            logits = (h @ compute.T).float()
-            _, lse = _score(logits, y)
-            grad = _minus_softmax_plus_onehot(logits, lse, y).mul_(scale[i : i + rows, None]).to(h.dtype)
-            torch.mm(grad, compute, out=grad_hidden[i : i + rows])
-            grad_weight += grad.T @ h
+        for i in range(0, hidden.shape[0], max(1, buffers.rows)):
+            part = slice(i, i + buffers.rows)
+            _, probabilities = buffers.score(hidden[part], compute, targets[part])
+            grad = buffers.grad_logits(probabilities, targets[part], scale[part])
+            torch.mm(grad, compute, out=grad_hidden[part])
+            grad_weight += grad.T @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 
