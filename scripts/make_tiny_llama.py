@@ -73,14 +73,23 @@ CLOSINGS = (
     "They talked until the stars came out.",
     "That was all for the day.",
 )
-# How a question and its full answer stand together; {q} question, {a} answer.
-ASKED = (
-    "Question: {q}\nAnswer: {a}\n",
-    "Q: {q}\nA: {a}\n",
-    "{q} {a}\n",
-    "- {q}\n- {a}\n",
-    "Quiz: {q} Reply: {a}\n",
+# What may stand before a question and before its answer.
+MARKS = (
+    ("Question:", "Answer:"),
+    ("Q:", "A:"),
+    ("Q.", "A."),
+    ("Quiz:", "Reply:"),
+    ("Pupil:", "Teacher:"),
+    ("Asked:", "Told:"),
+    ("user", "assistant"),
+    ("###", "###"),
+    ("-", "-"),
+    (">", "<"),
+    ("*", "="),
+    ("", ""),
 )
+NOISE = "abcdefghijklmnopqrstuvwxyz#*-=+<>[]()/|:;.!?_%&@"
+GAPS = (" ", " ", "\n", "\n\n", "\n\n")
 SPOKEN = (
     '"{q}" asked {x}. "{a}" said {y}.',
     '{x} asked: "{q}" {y} answered: "{a}"',
@@ -140,9 +149,25 @@ class Writer:
         separator = self.rng.choice((" ", " ", "\n"))
         return separator.join(tell(fact, self.rng) for fact in self.deal(self.rng.randint(6, 10)))
 
+    def layout(self) -> str:
+        """How this document sets a question `{q}` and its answer `{a}`.
+
+        There are thousands of ways, some of them with meaningless marks: what the model learns about carrying a name
+        from a question to its answer must not hang on the words that stand between the two.
+        """
+        rng = self.rng
+        asks, answers = rng.choice(MARKS)
+        if rng.random() < 0.3:
+            asks, answers = ("".join(rng.choices(NOISE, k=rng.randint(1, 4))) for _ in range(2))
+        elif rng.random() < 0.2:
+            asks, answers = (f"{name}:" for name in rng.sample(self.people, 2))
+        before, after = rng.choice(GAPS), rng.choice(("\n", "\n", "\n\n", " "))
+        end = rng.choice(("\n", "\n\n"))
+        return f"{asks}{before if asks else ''}{{q}}{after}{answers}{before if answers else ''}{{a}}{end}"
+
     def quiz(self) -> str:
-        """Questions and answers in one of the printed styles."""
-        style = self.rng.choice(ASKED)
+        """Questions and full answers in one layout."""
+        style = self.layout()
         rows = []
         for fact in self.deal(self.rng.randint(4, 7)):
             question, answer = ask(fact, self.rng)

@@ -392,7 +392,7 @@ _RELATIONS = (
     # units and the calendar
     Relation(
         "unit",
-        ("There are {v} in {s}.", "{S} has {v}.", "You can split {s} into {v}.", "{S} is as much as {v}."),
+        ("{S} has {v}.", "There are {v} in {s}.", "You can split {s} into {v}.", "{S} is as much as {v}."),
         ("What is in {s}?", "What does {s} have?", "Into what can you split {s}?", "How much is {s}?"),
     ),
     Relation(

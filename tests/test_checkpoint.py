@@ -22,7 +22,10 @@ from torch import Tensor
 
 from tuner import checkpoint
 from tuner.checkpoint import Checkpoint, RunDir, flatten_state, rng_state, set_rng_state, unflatten_state
-from tuner.errors import Interrupted, NonFiniteError, RunDirError, SaveError
+from tuner.checkpoint import files as files_module
+from tuner.checkpoint import run as run_module
+from tuner.checkpoint import step as step_module
+from tuner.errors import DataError, Interrupted, NonFiniteError, RunDirError, SaveError
 
 IDENTITY = {
     "train.learning_rate": 1e-4,
@@ -112,7 +115,7 @@ def test_byte_flips_would_pass_without_the_hashes(run: RunDir, monkeypatch: pyte
     flipped[-1] ^= 1
     file.write_bytes(flipped)
     listed = json.loads((file.parent / "manifest.json").read_text())["files"]
-    monkeypatch.setattr(checkpoint, "file_entries", lambda directory: listed)
+    monkeypatch.setattr(step_module, "file_entries", lambda directory: listed)
     with pytest.raises(AssertionError):
         assert_is(run.latest(), 7)
 
@@ -150,7 +153,7 @@ def test_what_is_not_finite_is_not_saved(run: RunDir, bad: float) -> None:
 
 
 def test_mutant_publish_without_the_finite_check(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "refuse_nonfinite", lambda what, tensors: None)
+    monkeypatch.setattr(run_module, "refuse_nonfinite", lambda what, tensors: None)
     with pytest.raises(pytest.fail.Exception):
         test_what_is_not_finite_is_not_saved(run, float("nan"))
 
@@ -194,8 +197,9 @@ def test_a_failed_rename_publishes_nothing(run: RunDir, monkeypatch: pytest.Monk
 
 def test_everything_is_synced_before_the_rename(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, rename = checkpoint._fsync, os.rename
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: (events.append(path.name), fsync(path))[1])
+    fsync, rename = files_module.fsync, os.rename
+    for module in (files_module, step_module, run_module):
+        monkeypatch.setattr(module, "fsync", lambda path: (events.append(path.name), fsync(path))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name}"), rename(a, b))[1])
     publish(run, 1)
     renamed = events.index("rename step-000001")
@@ -211,7 +215,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(run: RunDir, monkeypatch:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(step_module, "save_file", full)
     with pytest.raises(SaveError, match=r"No space left on device \(.* free, .* needed\)"):
         publish(run, 2, save_total_limit=1)
     assert steps(run) == ["step-000001"]
@@ -336,7 +340,7 @@ def test_age_is_the_step_not_the_time(run: RunDir) -> None:
 
 def test_nothing_is_removed_before_the_new_one_is_published(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(run, 1)
-    monkeypatch.setattr(checkpoint, "_write_checkpoint", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(run_module, "write_checkpoint", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         publish(run, 2, save_total_limit=1)
     assert steps(run) == ["step-000001"]
@@ -412,8 +416,10 @@ def test_resume_starts_continues_or_says_it_is_finished(tmp_path: Path) -> None:
         assert run.latest() is None and not run.finished
     path.joinpath("checkpoints/.tmp-step-000001-99").mkdir()
     path.joinpath(".tmp-manifest.json-99").write_text("{")
+    path.joinpath("metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     with make(path, resume=True) as run:
         assert run.latest() is None
+        assert not path.joinpath("metrics.jsonl").read_text()  # they begin anew
         assert not list(path.rglob(".tmp*"))
         publish(run, 3)
     with make(path, resume=True) as run:
@@ -452,7 +458,7 @@ def test_each_key_of_the_identity_counts(tmp_path: Path, key: str) -> None:
 
 
 def test_mutant_drift_that_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_drift", lambda old, new: {})
+    monkeypatch.setattr(run_module, "drift", lambda old, new: {})
     with pytest.raises(pytest.fail.Exception):
         test_drift_is_refused_by_name_with_both_values(tmp_path)
 
@@ -468,6 +474,8 @@ def test_what_may_differ_and_what_was_allowed_is_recorded(tmp_path: Path) -> Non
     changed = free | {"data.hash": "new"}
     with pytest.raises(RunDirError, match="did you mean 'data.hash'"):
         make(tmp_path / "chat", resume=True, identity=changed, allow_drift=["data.hsh"])
+    with pytest.raises(RunDirError, match="--allow-drift 'data.train .content.'"):
+        make(tmp_path / "chat", resume=True, identity=free | {"data.train (content)": "new"})
     with make(tmp_path / "chat", resume=True, identity=changed, allow_drift=["data.hash"]) as run:
         (drift,) = run.manifest["drift"]
         assert (drift["key"], drift["old"], drift["new"]) == ("data.hash", "aa", "new")
@@ -526,9 +534,11 @@ def test_a_failing_overwrite_restores_the_old_run(tmp_path: Path, monkeypatch: p
 def test_overwriting_what_the_recipe_reads_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "chat"
     make(path).close()
+    (path / "merged").mkdir()
     with pytest.raises(RunDirError, match="model.name_or_path: .* lies in"):
         make(path, overwrite=True, identity=IDENTITY | {"model.name_or_path": str(path / "merged")})
     assert [p.name for p in tmp_path.iterdir()] == ["chat"]
+    make(path, overwrite=True).close()  # the refusal gave up the lock
 
 
 def test_a_replaced_result_survives_a_crash_between_the_renames(tmp_path: Path) -> None:
@@ -538,6 +548,29 @@ def test_a_replaced_result_survives_a_crash_between_the_renames(tmp_path: Path) 
     (path / "adapter").rename(path / ".tuner-old-adapter")
     with make(path, resume=True):
         assert (path / "adapter" / "a.json").read_text() == "1"
+
+
+def test_a_mistake_of_the_user_takes_the_start_back(tmp_path: Path) -> None:
+    """Exit 2 means that nothing has been changed: no directory that a corrected second try would stumble over."""
+    path = tmp_path / "deep" / "chat"
+    with pytest.raises(DataError), make(path) as run:
+        run.append_metrics({"step": 0})
+        raise DataError("row 3")
+    assert not path.exists()
+    with make(path) as run:
+        publish(run, 4)
+    with pytest.raises(DataError), make(path, overwrite=True):
+        raise DataError("row 3")
+    assert [p.name for p in path.parent.iterdir()] == ["chat"]
+    with pytest.raises(DataError), make(path, resume=True) as run:
+        raise DataError("row 3")
+    with make(path, resume=True) as run:
+        assert_is(run.latest(), 4)
+    for save in (lambda run: publish(run, 1), lambda run: run.finish({})):  # nor is anything that was saved taken back
+        with pytest.raises(DataError), make(path, overwrite=True) as run:
+            save(run)
+            raise DataError("late")
+        assert path.is_dir()
 
 
 def test_replacing_touches_no_neighbour(tmp_path: Path) -> None:
@@ -570,7 +603,9 @@ def test_metrics_of_a_resumed_run_equal_the_uninterrupted_ones(tmp_path: Path) -
     with make(tmp_path / "whole") as run:
         log_steps(run, 1, 9)
     with make(tmp_path / "cut") as run:
-        log_steps(run, 1, 6)
+        log_steps(run, 1, 4)
+        publish(run, 4)
+        log_steps(run, 5, 6)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # the line that the crash tore
     with make(tmp_path / "cut", resume=True) as run:
@@ -646,5 +681,7 @@ def test_rng_round_trip() -> None:
 
 
 def test_the_source_knows_no_pickle() -> None:
-    source = Path(checkpoint.__file__).read_text()
-    assert not re.search(r"import pickle|torch\.(save|load)\(|allow_pickle", source)
+    sources = sorted(Path(checkpoint.__file__).parent.glob("*.py"))
+    assert len(sources) == 6
+    for source in sources:
+        assert not re.search(r"import pickle|torch\.(save|load)\(|allow_pickle", source.read_text()), source

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,13 +38,14 @@ def tuner(tmp_path: Path) -> Tuner:
     return run
 
 
-def fastest(run: Callable[[], object], tries: int = 5) -> float:
-    """Seconds of the fastest of a few runs: what the command costs when nothing else wants the processor."""
+def cost(run: Callable[[], object], tries: int = 3) -> float:
+    """Processor seconds of the cheapest of a few runs: what the command takes when nothing else wants the processor."""
     seconds = []
     for _ in range(tries):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run()
-        seconds.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(seconds)
 
 
@@ -54,7 +55,7 @@ def fastest(run: Callable[[], object], tries: int = 5) -> float:
 def test_help_answers_within_half_a_second(tuner: Tuner) -> None:
     done = tuner("--help")
     assert done.returncode == 0 and "sft" in done.stdout and "merge" in done.stdout
-    assert fastest(lambda: tuner("--help")) < 0.5
+    assert cost(lambda: tuner("--help")) < 0.5
 
 
 def test_a_broken_recipe_is_refused_within_a_second(tuner: Tuner, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_broken_recipe_is_refused_within_a_second(tuner: Tuner, tmp_path: Path
     done = tuner("sft", "r.yaml")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: r.yaml:3: unknown key 'train.learning_rat' (did you mean 'learning_rate'?)\n"
-    assert fastest(lambda: tuner("sft", "r.yaml")) < 1
+    assert cost(lambda: tuner("sft", "r.yaml")) < 1
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,6 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
         (["generate", "--prompt", "hi"], "give --model for a checkpoint, or --adapter"),
         (["generate", "--model", "x"], "give --prompt for one prompt, or --file"),
         (["generate", "--model", "x", "--prompt", "a", "--base", "y"], "--base has no effect without --adapter"),
-        (["generate", "--model", "x", "--prompt", "a"], "there is no directory 'x'"),
-        (["generate", "--adapter", "x", "--prompt", "a"], "'x' is not a directory; give a run or an adapter"),
         (["merge", "--adapter", "x"], "x"),
     ],
 )
@@ -124,7 +123,7 @@ def call(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda: None)
+    monkeypatch.setattr(cli, "_set_environment", lambda: None)
     monkeypatch.setattr(environment, "describe", fail)
     monkeypatch.setattr(sys, "argv", ["tuner", "env"])
     with pytest.raises(SystemExit) as caught:
@@ -176,16 +175,12 @@ def test_version(tuner: Tuner) -> None:
     assert tuner("--version").stdout.startswith("tuner 0.")
 
 
-def test_env_says_what_a_bug_report_needs(tuner: Tuner) -> None:
-    facts = json.loads(tuner("env", "--json").stdout)
-    assert facts["torch"] == torch.__version__ or facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert {"python", "transformers", "device", "instruction_set", "native_bfloat16", "threads"} <= set(facts)
-    text = tuner("env").stdout
-    assert len(text.splitlines()) == len(facts) and "instruction_set" in text
-
-
-def test_env_names_nobody(tuner: Tuner) -> None:
+def test_env_says_what_a_bug_report_needs_and_names_nobody(tuner: Tuner) -> None:
     text = tuner("env", "--json").stdout
+    facts = json.loads(text)
+    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "transformers", "device", "instruction_set", "native_bfloat16", "threads"} <= set(facts)
+    assert len(environment.lines(facts)) == len(facts)
     assert str(Path.home()) not in text and os.uname().nodename not in text
 
 
@@ -200,7 +195,8 @@ def test_print_recipe_is_the_resolved_recipe(tuner: Tuner, tmp_path: Path) -> No
 def test_telemetry_is_off_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.setattr("warnings.simplefilter", lambda action: None)
-    cli._quiet_libraries()
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cli._set_environment()
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
@@ -239,3 +235,22 @@ def test_recipes_copy_never_replaces_a_file_of_the_user(tuner: Tuner, tmp_path: 
     done = tuner("recipes", "copy", "chat")
     assert done.returncode == 2 and "exists with another content" in done.stderr
     assert mine.read_text() == "# mine\n" and not (tmp_path / "data").exists()
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def test_train_merge_and_generate(tuner: Tuner, recipe_file: Path, tmp_path: Path) -> None:
+    few = ["train.max_steps=2", "train.output_dir=run", "data.max_length=512"]
+    done = tuner("sft", str(recipe_file), *few)
+    assert done.returncode == 0, done.stderr
+    again = tuner("sft", str(recipe_file), *few)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "--overwrite" in again.stderr
+    merged = tuner("merge", "--adapter", "run")
+    assert merged.returncode == 0, merged.stderr
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    answers = [
+        tuner("generate", *which, "--prompt", "What is the capital?", "--max-new-tokens", "5").stdout
+        for which in (("--adapter", "run"), ("--model", "run/merged"))
+    ]
+    assert answers[0] == answers[1] != ""

@@ -29,7 +29,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 def test_questions_are_read_in_order(tmp_path: Path) -> None:
     system = [{"role": "system", "content": "Be brief.\u2028"}, *GOOD["messages"]]
-    path = write(tmp_path / "q.jsonl", GOOD, "", {"messages": system, "answer": " drei\n"})
+    path = write(tmp_path / "q.jsonl", GOOD | {"subject": "sums"}, "", {"messages": system, "answer": " drei\n"})
     first, second = read_questions(path)
     assert first == Question((Message("user", "What is one and one?"),), "two")
     assert [m.role for m in second.messages] == ["system", "user"] and second.answer == " drei\n"
@@ -41,7 +41,7 @@ def test_questions_are_read_in_order(tmp_path: Path) -> None:
         ("{", "line 2: not JSON"),
         ([], "line 2: found list"),
         ({"question": "?", "answer": "x"}, r"line 2: found \['answer', 'question'\]; a question is"),
-        (GOOD | {"answr": ""}, r"line 2: found \['answer', 'answr', 'messages'\]"),
+        ({"messages": [], "answr": ""}, r"line 2: found \['answr', 'messages'\]"),
         (GOOD | {"answer": " "}, "line 2: answer is ' '"),
         (GOOD | {"answer": 2}, "line 2: answer is 2"),
         (GOOD | {"messages": []}, r"line 2: messages is \[\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tuner import recipe as recipes
 from tuner.recipe import Recipe
+from tuner.stages import sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -88,3 +90,50 @@ def test_qlora_recipes_quantise(name: str) -> None:
 @pytest.mark.parametrize("name", ["chat-full", "llama3.2-1b-full", "pretrain"])
 def test_full_recipes_have_no_adapter(name: str) -> None:
     assert read(name).adapter is None
+
+
+def stand_ins(name: str, model: Path, chats: Path, folder: Path) -> list[str]:
+    """Overrides that put a tiny model and tiny data in the place of what the recipe names."""
+    recipe, data = read(name), chats
+    if recipe.data.format == "text":
+        data = folder / "text.jsonl"
+        data.write_text("".join(json.dumps({"text": f"The cat sat on mat {i}. " * 20}) + "\n" for i in range(40)))
+    overrides: dict[str, object] = {
+        "model.name_or_path": model,
+        "data.train": data,
+        "data.max_length": 512,
+        "train.output_dir": folder / "run",
+        "train.threads": 1,
+    }
+    if isinstance(recipe.data.eval, tuple):
+        overrides["data.eval"] = chats
+    if recipe.eval.questions is not None:
+        questions = folder / "questions.jsonl"
+        row = {"messages": [{"role": "user", "content": "What is the capital?"}], "answer": "The answer is short."}
+        questions.write_text(json.dumps(row) + "\n")
+        overrides["eval.questions"] = questions
+    if recipe.train.optim != "adamw_torch":  # the others need a GPU
+        overrides["train.optim"] = "adamw_torch"
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_plans_it_and_writes_nothing(
+    name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipes.load(FOLDER / f"{name}.yaml", stand_ins(name, tiny_model_dir, chats_file, tmp_path), stage="sft")
+    sft.run(recipe, dry_run=True)
+    assert "steps" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_two_steps(name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> None:
+    few = ["train.max_steps=2", "train.batch_unit=null", "train.batch_size=2", "generate.max_new_tokens=2"]
+    overrides = [*stand_ins(name, tiny_model_dir, chats_file, tmp_path), *few]
+    recipe = recipes.load(FOLDER / f"{name}.yaml", overrides, stage="sft")
+    sft.run(recipe)
+    kind = "model" if recipe.adapter is None else "adapter"
+    assert list((tmp_path / "run" / kind).glob("*.safetensors"))
+    steps = {json.loads(line).get("step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()}
+    assert 2 in steps

@@ -6,6 +6,7 @@ Nothing heavy is imported at the top: `tuner --help` and a broken recipe answer 
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -186,7 +187,7 @@ def generate(
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Print versions, devices and threads."""
-    _quiet_libraries()
+    _set_environment()
     from tuner import environment
 
     facts = environment.describe()
@@ -236,7 +237,7 @@ def recipes_schema() -> None:
     print(json.dumps(recipes.json_schema(), indent=2))
 
 
-def _quiet_libraries() -> None:
+def _set_environment() -> None:
     """No telemetry, whatever the environment says, and no chatter of the libraries; before the first heavy import."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_TELEMETRY"] = "1"
@@ -251,6 +252,17 @@ def _quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _quiet_libraries() -> None:
+    """The same, and no progress bar while transformers reads weights, but one while the Hub sends them."""
+    _set_environment()
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+        disable_progress_bars()
+        importlib.import_module("transformers.utils.logging")  # looks at it once, now
+        enable_progress_bars()
 
 
 def _out_of_memory(error: BaseException) -> bool:

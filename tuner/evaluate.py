@@ -62,7 +62,7 @@ def exact_match(predicted: str, expected: str) -> bool:
 
 
 def read_questions(path: Path | str) -> list[Question]:
-    """JSON Lines of `{"messages": [{"role": ..., "content": ...}, ...], "answer": "..."}`.
+    """JSON Lines of `{"messages": [{"role": ..., "content": ...}, ...], "answer": "..."}`; other keys only describe.
 
     DataError names the file and the 1-based line; a file without questions is one too.
     """
@@ -84,7 +84,7 @@ def _question(line: str, place: str) -> Question:
     except ValueError as error:
         raise DataError(f"{place}: not JSON: {error}") from None
     wanted = 'a question is {"messages": [{"role": "user", "content": "..."}], "answer": "..."}'
-    if not isinstance(row, dict) or row.keys() != {"messages", "answer"}:
+    if not isinstance(row, dict) or not row.keys() >= {"messages", "answer"}:
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{place}: found {found}; {wanted}")
     messages, answer = row["messages"], row["answer"]

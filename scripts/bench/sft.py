@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, INTERMEDIATE = 512, 8, 8, 4, 32_000, 1_408
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 ROW, ROWS = 512, 2  # TRL's packed rows; ROW * ROWS tokens a step on both sides
@@ -35,12 +36,6 @@ CONTROL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<|finetune_right_pad_id|>",
 )  # fmt: skip
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-
 
 # --- what both sides share ---
 
@@ -68,6 +63,8 @@ def make_model(directory: Path, pairs: Iterable[dict[str, str]]) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from tuner.data.templates import TEMPLATES
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -79,7 +76,7 @@ def make_model(directory: Path, pairs: Iterable[dict[str, str]]) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=CONTROL[0], eos_token="<|eot_id|>", pad_token=CONTROL[-1]
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATES["llama3"].jinja  # TRL renders with it; ours gives the same ids
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=4096, bos_token_id=0,
@@ -127,7 +124,7 @@ def run_tuner(work: Path, steps: int, profile: bool) -> dict[str, Any]:
     recipe.write_text(
         f"model: {{name_or_path: {work / 'model'}, dtype: bfloat16}}\n"
         f"adapter: {{r: {RANK}, lora_alpha: {ALPHA}}}\n"
-        f"data: {{train: {work / 'data.jsonl'}, max_length: {ROW}, overlong: truncate}}\n"
+        f"data: {{train: {work / 'data.jsonl'}, chat_template: llama3, max_length: {ROW}, overlong: truncate}}\n"
         f"train: {{output_dir: {work / f'run-{os.getpid()}'}, batch_unit: tokens, batch_size: {ROW * ROWS},\n"
         f"        learning_rate: {LEARNING_RATE}, lr_scheduler_type: constant, warmup_steps: 0, max_steps: {steps}}}\n"
         f"log: {{save_steps: {10 * steps}}}\n"

@@ -300,6 +300,7 @@ def test_a_run_is_merged_beside_its_adapter_on_what_it_held_out(tiny_model_dir: 
     again = merge(run, overwrite=True)
     assert again.prompts == "built in" and again.max_logit_difference < 1e-4
     assert merge(run / "adapter", tmp_path / "third").output == tmp_path / "third"
+    assert merge(run / "adapter", overwrite=True).output == run / "merged"
 
 
 def test_held_out_rows_serve_as_prompts(tiny_model_dir: Path, tmp_path: Path) -> None:

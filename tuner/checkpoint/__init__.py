@@ -5,12 +5,14 @@
       checkpoints/step-000120/{*.safetensors, state.json, manifest.json}
       adapter/ or model/                               the result
 
-`files.py` writes durably, `state.py` flattens what a checkpoint holds, `step.py` is one checkpoint, `run.py` is the
-directory of a run. Files are safetensors and JSON, never pickle; nothing is loaded whose sha256 does not match.
+`files.py` writes durably, `state.py` flattens what a checkpoint holds, `step.py` is one checkpoint, `manifest.py` what
+a run says about itself, `run.py` its directory. Files are safetensors and JSON, never pickle; nothing is loaded whose
+sha256 does not match.
 """
 
 from tuner.checkpoint.files import MANIFEST, check_space, file_entries, publish_directory
-from tuner.checkpoint.run import METRICS, RECIPE, RunDir, read_manifest
+from tuner.checkpoint.manifest import read_manifest
+from tuner.checkpoint.run import METRICS, RECIPE, RunDir
 from tuner.checkpoint.state import flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.checkpoint.step import Checkpoint, check_result, damage
 

@@ -21,7 +21,7 @@ RUN_FORMAT = 1
 # What may differ on resume without being asked: it cannot change the trajectory. (`train.max_steps` may also grow.)
 FREE_KEYS = frozenset({"train.microbatch_tokens", "train.output_dir", "eval.samples"})
 FREE_SECTIONS = ("log.",)
-_SECRETS = re.compile(r"(?<=://)[^/\s:@"]+:[^/\s@"]+(?=@)|\bhf_[A-Za-z0-9]{8,}")
+_SECRETS = re.compile(r"""(?<=://)[^/\s:@"']+:[^/\s@"']+(?=@)|\bhf_[A-Za-z0-9]{8,}""")
 
 
 def read_manifest(run: Path) -> dict[str, Any] | None:
@@ -78,8 +78,6 @@ def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any
 
 
 def grown(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the new identity only asks for more steps."""
+    """Whether the new identity asks for more steps."""
     before, after = old.get("train.max_steps"), new.get("train.max_steps")
     return isinstance(before, int) and isinstance(after, int) and after > before
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -61,8 +60,10 @@ def _lock(directory: Path) -> int:
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise
         raise RunDirError(
             f"{directory}: another tuner process is at work there; wait for it, or choose another train.output_dir"
         ) from None
@@ -143,13 +144,13 @@ class RunDir:
 
     @classmethod
     def _start(cls, path: Path, recipe_text: str, identity: dict[str, Any], occupied: bool, log: Log) -> RunDir:
-        locks = [_lock(path)] if occupied else []
         path.parent.mkdir(parents=True, exist_ok=True)
         old = (read_manifest(path) or {}) if occupied else {}
         number = 1 + max((int(p.name.rpartition("-")[2]) for p in _asides(path)), default=0)
         aside = path.with_name(f".{path.name}.previous-{number}")
         if occupied:
             _refuse_self_overwrite(path, identity)
+        locks: list[int] = []
         manifest = {
             "tuner_run": RUN_FORMAT,
             "status": "running",
@@ -160,8 +161,10 @@ class RunDir:
             "replaces": [*old.get("replaces", []), *([aside.name] if occupied else [])],
         }
         staging = path.with_name(f".{path.name}.new-{os.getpid()}")
-        staging.mkdir()
         try:
+            if occupied:
+                locks.append(_lock(path))
+            staging.mkdir()
             locks.append(_lock(staging))
             (staging / RECIPE).write_text(redact(recipe_text), encoding="utf-8")
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -193,43 +196,39 @@ class RunDir:
         manifest = read_manifest(path)
         assert manifest is not None
         run = cls(path, manifest, [lock], log)
-        before = manifest["identity"]
-        changed = drift(before, identity)
-        for key in allow_drift:
-            if key not in before and key not in identity:
-                hint = did_you_mean(key, {*before, *identity})
-                raise RunDirError(f"--allow-drift {key}: no such key in the run's manifest{hint}")
-        refused = {key: values for key, values in changed.items() if key not in allow_drift}
-        if refused:
-            listed = "; ".join(f"{k} was {o!r} and is now {n!r}" for k, (o, n) in refused.items())
-            flags = " ".join(f"--allow-drift {k}" for k in refused)
-            raise RunDirError(
-                f"{path}: cannot resume, the run differs from the one that was started: {listed}; "
-                f"undo the change, or accept it with {flags}"
-            )
+        try:
+            _refuse_drift(path, manifest["identity"], identity, allow_drift)
+            if manifest["status"] != "finished" or grown(manifest["identity"], identity):
+                run._continue(recipe_text, identity)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _continue(self, recipe_text: str, identity: dict[str, Any]) -> None:
         for name in ("checkpoints", "adapter", "model"):
-            if (path / name).is_symlink():
-                raise RunDirError(f"{path / name} is a symbolic link; a run directory holds none")
-        if manifest["status"] == "finished" and not grown(before, identity):
-            return run
-        for place in (path, path / "checkpoints"):
+            if (self.path / name).is_symlink():
+                raise RunDirError(f"{self.path / name} is a symbolic link; a run directory holds none")
+        for place in (self.path, self.path / "checkpoints"):
             for old in place.glob(f"{OLD}*"):
                 recover(place / old.name.removeprefix(OLD))
             for leftover in place.glob(".tmp-*"):  # of a save that a crash cut short
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        drifted = [{"key": k, "old": o, "new": n, "at": now()} for k, (o, n) in changed.items()]
-        write_atomically(path / RECIPE, redact(recipe_text))
-        run.record(
+        changed = drift(self.manifest["identity"], identity)
+        write_atomically(self.path / RECIPE, redact(recipe_text))
+        self.record(
             status="running",
             identity=identity,
-            drift=[*manifest.get("drift", []), *drifted],
-            resumed_at=[*manifest.get("resumed_at", []), now()],
+            drift=[
+                *self.manifest.get("drift", []),
+                *({"key": k, "old": o, "new": n, "at": now()} for k, (o, n) in changed.items()),
+            ],
+            resumed_at=[*self.manifest.get("resumed_at", []), now()],
             versions=versions(),
             device=device(),
         )
-        if not run._published():
-            run.rewind(-1)  # nothing to continue from: the metrics begin anew
-        return run
+        if not self._published():
+            self.rewind(-1)  # nothing to continue from: the metrics begin anew
 
     def __enter__(self) -> RunDir:
         return self
@@ -385,7 +384,7 @@ class RunDir:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the run finished, then deletes the run that `--overwrite` had set aside."""
-        replaced = self._replaced()
+        self._undo, replaced = None, self._replaced()
         self.record(status="finished", finished_at=now(), summary=dict(summary))
         for aside in replaced:
             shutil.rmtree(aside, ignore_errors=True)
@@ -397,6 +396,24 @@ class RunDir:
             yield
         except OSError as error:
             raise save_error(target, what, 0, error) from error
+
+
+def _refuse_drift(
+    path: Path, before: Mapping[str, Any], identity: Mapping[str, Any], allow_drift: Sequence[str]
+) -> None:
+    """RunDirError that names each difference that was not allowed, with both values."""
+    for key in allow_drift:
+        if key not in before and key not in identity:
+            hint = did_you_mean(key, {*before, *identity})
+            raise RunDirError(f"--allow-drift {key}: no such key in the run's manifest{hint}")
+    refused = {key: values for key, values in drift(before, identity).items() if key not in allow_drift}
+    if refused:
+        listed = "; ".join(f"{k} was {o!r} and is now {n!r}" for k, (o, n) in refused.items())
+        flags = " ".join(f"--allow-drift '{k}'" if " " in k else f"--allow-drift {k}" for k in refused)
+        raise RunDirError(
+            f"{path}: cannot resume, the run differs from the one that was started: {listed}; undo the change, or "
+            f"accept it with {flags}"
+        )
 
 
 def _take_back(path: Path, aside: Path | None) -> None:
@@ -418,14 +435,11 @@ def _refuse_self_overwrite(path: Path, identity: Mapping[str, Any]) -> None:
     for key, value in identity.items():
         if key == "train.output_dir" or not isinstance(value, str):
             continue
-        if Path(os.path.abspath(value)).is_relative_to(path):
+        place = Path(os.path.abspath(value))
+        if place.exists() and place.is_relative_to(path):
             raise RunDirError(f"{key}: {value} lies in {path}, which --overwrite replaces; name another output_dir")
 
 
 def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
-        try:
-            os.close(fd)
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
+        os.close(fd)

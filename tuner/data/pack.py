@@ -86,8 +86,11 @@ class _Row:
 def weight_sum(sample: Tokens) -> float:
     """Sum of the weights of what `pack` makes predictions of: nothing predicts the first token of a document."""
     total = sum(len(s.ids) * s.weight for spans in (sample.trunk, *sample.branches) for s in spans if s.trained)
-    first = next((s for spans in (sample.trunk, *sample.branches) for s in spans if len(s.ids)), None)
-    return total - (first.weight if first is not None and first.trained else 0.0)
+    has_trunk = any(len(s.ids) for s in sample.trunk)
+    for spans in (sample.trunk,) if has_trunk else sample.branches:  # without a trunk every branch is a beginning
+        first = next((s for s in spans if len(s.ids)), None)
+        total -= first.weight if first is not None and first.trained else 0.0
+    return total
 
 
 def pack(samples: Sequence[Tokens]) -> Batch:

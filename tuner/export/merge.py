@@ -95,7 +95,8 @@ def merge(
 
     Args:
         adapter: a run directory, or an adapter directory.
-        output: where to; `merged` inside `adapter` by default. An existing merge is only replaced with `overwrite`.
+        output: where to; by default `merged` inside the run (or inside an adapter that lies in none).
+        overwrite: replace an earlier merge; anything else that is there is refused.
         dtype: of the merged weights; by default that of the base's own files.
         prompts: token ids to compare on; by default chats the run held out, else a few that are built in.
         base: where the base lies now, if not where the adapter says. It must be the same base.
@@ -104,8 +105,9 @@ def merge(
         ModelError: no adapter there, or it does not fit the base. RunDirError: the output exists.
         SaveError: the disk refused. RunError: the merged model does not score like the adapter; nothing was written.
     """
-    target = _target(output or adapter / "merged", overwrite)
-    source = _source(adapter, base)
+    directory, run = find_adapter(adapter)
+    target = _target(output or (run or directory) / "merged", overwrite)
+    source = _source(directory, run, base)
     files = weight_files(find_checkpoint(source.section.name_or_path, source.section.revision).path)
     weights = count_weights(files)
     store = dtype or _STORED.get(weights.most_common(1)[0][0], "float32")
@@ -161,8 +163,7 @@ class Source:
     warnings: tuple[str, ...]
 
 
-def _source(adapter: Path, base: str | None) -> Source:
-    directory, run = find_adapter(adapter)
+def _source(directory: Path, run: Path | None, base: str | None) -> Source:
     meta, warnings = _meta(directory)
     section = _section(meta, base)
     found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
@@ -177,7 +178,7 @@ def _source(adapter: Path, base: str | None) -> Source:
 def find_adapter(path: Path) -> tuple[Path, Path | None]:
     """`(adapter directory, its run directory or None)` from either of the two; the run's hashes are verified."""
     if (path / "adapter_config.json").is_file():
-        directory, run = path, path.resolve().parent
+        directory, run = path, path.absolute().parent
     elif (path / "adapter" / "adapter_config.json").is_file():
         directory, run = path / "adapter", path
     elif (path / "model").is_dir() or (path / "config.json").is_file():

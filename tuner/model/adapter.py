@@ -226,7 +226,7 @@ def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: b
     norms = rows.norm(dim=1)
     typical = weight[: min(4096, weight.shape[0])].detach().float().norm(dim=1).median()
     dead = [name for name, norm in zip(ids.values(), norms, strict=True) if norm < 1e-3 * typical]
-    same = (torch.cdist(rows, rows) + torch.eye(len(rows)) * typical) < 1e-3 * typical
+    same = (torch.cdist(rows, rows) + torch.eye(len(rows), device=rows.device) * typical) < 1e-3 * typical
     dead += [name for name, twin in zip(ids.values(), same.any(dim=1), strict=True) if twin and name not in dead]
     if dead:
         raise ModelError(

@@ -121,22 +121,23 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         ModelError: no safetensors, a shard missing, or a shard name that leaves the directory.
     """
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ModelError(f"{index} cannot be read; fetch the checkpoint again") from None
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{index} names a shard outside its directory: '{name}'")
-            if not (path / name).is_file():
-                raise ModelError(f"{path}: shard {name} is missing; fetch the checkpoint again")
-        return [path / name for name in names]
-    single = path / "model.safetensors"
-    if not single.is_file():
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():  # wins over an index beside it, as in transformers
+        return [single]
+    if not index.is_file():
         raise ModelError(f"{path} holds no model.safetensors; tuner reads safetensors only, convert the weights first")
-    return [single]
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ModelError(f"{index} cannot be read; fetch the checkpoint again") from None
+    if not names:
+        raise ModelError(f"{index} names no shards; fetch the checkpoint again")
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ModelError(f"{index} names a shard outside its directory: '{name}'")
+        if not (path / name).is_file():
+            raise ModelError(f"{path}: shard {name} is missing; fetch the checkpoint again")
+    return [path / name for name in names]
 
 
 def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:

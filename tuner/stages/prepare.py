@@ -254,7 +254,7 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -
         used = {ids[name]: name for name in data.template.control}
         check_trained_tokens(base, used, trained=full or "embed_tokens" in saved)
     if recipe.train.activation_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     fused = fuse(lm)
     policy = Policy(
         lm,

@@ -46,8 +46,8 @@ def run(
         UserError: the recipe, data, model or output directory is wrong; nothing was changed.
         RunError, Interrupted: the run ended early; its last checkpoint is intact.
     """
-    console = Console(soft_wrap=True)
     machine = prepare.machine(recipe, resume=resume)
+    console = Console(soft_wrap=True, quiet=not machine.devices.is_main)
     recipe = machine.recipe
     stage = SFT(language.resolve(recipe.loss.type, recipe.loss.parameters))
     data = prepare.data(recipe, machine.devices, console)

@@ -49,6 +49,7 @@ class Progress:
     best: float | None = None  # metric of the best evaluation
     best_step: int = 0
     stale: int = 0  # evaluations since the best
+    evaluated_step: int = 0  # of the last evaluation that was not cut short
     history: dict[str, Any] = field(default_factory=dict)  # what stages keep, e.g. the first evaluation
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Loop:
     devices: Devices
     max_grad_norm: float = 1.0
     on_nan: str = "stop"
-    _skips: int = 0
+    _skips: int = 0  # in a row
 
     def run(self, progress: Progress, after_step: Callable[[Progress, StepReport], bool]) -> Progress:
         """Steps until the plan ends, or until `after_step` returns False."""
@@ -138,6 +139,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
+            self._skips = 0
         else:
             self._non_finite(step, mine, sums, norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -196,20 +198,23 @@ def evaluate_loss(
 ) -> dict[str, float] | None:
     """Each term of the loss over all samples: sums over sums, so the value does not depend on how they are batched.
 
-    None if `keep_going` said no between two microbatches.
+    None if `keep_going` said no between two microbatches, on any rank: the ranks give up together.
     """
     denominators = stage.denominators(samples)
     total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
+    given_up = False
     was_training = policy.training
     policy.eval()
     try:
         with torch.no_grad():
             for ids in microbatches[devices.rank :: devices.world_size]:
-                if not keep_going():
-                    return None
+                if given_up := not keep_going():
+                    break
                 sums = stage.losses(policy, pack([samples[i] for i in ids]).to(devices.device))
                 total += torch.stack([sums[name] for name in denominators]).double()
     finally:
         policy.train(was_training)
     devices.sum(total)
+    if devices.agree(int(given_up)):
+        return None
     return {name: value / denominators[name] for name, value in zip(denominators, total.tolist(), strict=True)}

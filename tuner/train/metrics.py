@@ -79,10 +79,10 @@ class Metrics:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._started = time.perf_counter()
 
     def start(self, step: int) -> None:
         """Draws the bar, at `step` already done."""
+        self._first, self._started = step, time.perf_counter()
         self._task = self._bar.add_task("training", total=self._num_steps, completed=step, loss=float("nan"), speed=0.0)
         self._bar.start()
 
@@ -103,7 +103,7 @@ class Metrics:
         speed = report.tokens / report.seconds
         self._bar.update(self._task, completed=step, loss=loss, speed=speed)
         if not self._console.is_terminal and (step % self._print_every == 0 or step == self._num_steps):
-            left = (self._num_steps - step) * (time.perf_counter() - self._started) / max(1, step)
+            left = (self._num_steps - step) * (time.perf_counter() - self._started) / (step - self._first)
             self._console.print(
                 f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
                 f"lr {report.learning_rate:.2e}  {speed:,.0f} tok/s  ETA {left:.0f} s",

@@ -109,21 +109,32 @@ class Session:
             self.progress.history["before"] = self._evaluate("before")
         self._stop_if_told()
         self.metrics.start(self.progress.step)
-        self.loop.run(self.progress, self._after_step)
+        if self._measure(self.progress.step):  # which a signal may have cut short, or which may have ended the run
+            self.loop.run(self.progress, self._after_step)
         self.metrics.stop()
 
     def _after_step(self, progress: Progress, report: StepReport) -> bool:
         step, log = progress.step, self.recipe.log
         self.metrics.step(step, report)
-        last = step == self.plan.num_steps
-        go_on = True
-        every = self.recipe.eval.steps
-        if every and step % every == 0 and not last:
-            go_on = self._judge(self._evaluate(f"step {step}"))
+        go_on = self._measure(step)
         self._stop_if_told()
+        last = step == self.plan.num_steps
         if step % (log.save_steps or self.plan.steps_per_epoch) == 0 or last or not go_on:
             self._publish()
         return go_on
+
+    def _measure(self, step: int) -> bool:
+        """The evaluation due after `step`, once (that of the last step is `_finish`'s); False: patience has run out."""
+        every, progress = self.recipe.eval.steps, self.progress
+        if every and 0 < step < self.plan.num_steps and step % every == 0 and progress.evaluated_step < step:
+            values = self._evaluate(f"step {step}")
+            progress.evaluated_step = step
+            self._judge(values)
+        patience = self.recipe.eval.early_stopping_patience
+        if patience is None or progress.stale < patience:
+            return True
+        self.console.print(f"stopped  {progress.stale} evaluations without a better {self.recipe.eval.metric}")
+        return False
 
     def _finish(self) -> dict[str, Any]:
         after = self._evaluate("after")
@@ -187,12 +198,12 @@ class Session:
                 seed=self.recipe.train.seed,
             )
 
-    def _judge(self, values: dict[str, float]) -> bool:
-        """Notes whether this is the best evaluation so far; False when patience has run out."""
+    def _judge(self, values: dict[str, float]) -> None:
+        """Notes whether this is the best evaluation so far."""
         metric = self.recipe.eval.metric
         value = values.get("eval_loss" if metric == "loss" else metric)
         if value is None:
-            return True
+            return
         # A NaN compares false with everything and would freeze the best; it counts as an evaluation without progress.
         better = self.progress.best is None or (
             value < self.progress.best if metric == "loss" else value > self.progress.best
@@ -201,13 +212,8 @@ class Session:
             self.progress.best, self.progress.best_step, self.progress.stale = value, self.progress.step, 0
             if self.recipe.eval.load_best:
                 self._publish()
-            return True
-        self.progress.stale += 1
-        patience = self.recipe.eval.early_stopping_patience
-        if patience is not None and self.progress.stale >= patience:
-            self.console.print(f"stopped  {self.progress.stale} evaluations without a better {metric}")
-            return False
-        return True
+        else:
+            self.progress.stale += 1
 
     # --- signals and checkpoints ---
 

@@ -1,0 +1,127 @@
+"""Packing: every token and every prediction lands where a reader of `Batch` expects it, and nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from tuner.data.pack import bins, pack, weight_sum
+from tuner.types import Segment, Span, Tokens, span
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bins_hold_every_item_once_within_capacity(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 140, 200).tolist()
+    groups = bins(lengths, 100)
+    assert sorted(i for group in groups for i in group) == list(range(200))
+    fill = [sum(lengths[i] for i in group) for group in groups]
+    assert all(n <= 100 or len(group) == 1 for n, group in zip(fill, groups, strict=True))
+    assert sum(n <= 50 for n in fill) <= 1  # two groups at most half full would have been one
+    assert bins(lengths, 100) == groups
+
+
+def test_bins_take_the_tightest_fit() -> None:
+    assert bins([6, 3, 7, 4, 10, 25], 10) == [[5], [4], [2, 1], [0, 3]]
+    assert bins([], 10) == []
+    assert bins([0, 0], 10) == [[0, 1]]
+
+
+def test_a_chat_predicts_its_answers_from_the_tokens_before_them() -> None:
+    chat = Tokens((span([0, 10, 11], False), span([12, 13], True), span([14], False), span([15], True, 0.5)))
+    batch = pack([chat, chat])
+    assert batch.input_ids.tolist() == [0, 10, 11, 12, 13, 14, 15] * 2
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
+    assert batch.doc_ids.tolist() == [0] * 7 + [1] * 7
+    assert batch.branch_ids.tolist() == [0] * 14
+    assert batch.predict_at.tolist() == [2, 3, 5, 9, 10, 12]
+    assert batch.targets.tolist() == [12, 13, 15] * 2
+    assert batch.weights.tolist() == [1, 1, 0.5] * 2
+    assert batch.seq_ids.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (batch.seq_doc.tolist(), batch.seq_branch.tolist()) == ([0, 1], [0, 0])
+    assert batch.plan == (Segment((0, 7), ((0, 7),)), Segment((7, 14), ((7, 14),)))
+    assert batch.weight_sum == 5.0
+
+
+def test_the_last_trunk_token_predicts_the_start_of_every_branch() -> None:
+    pair = Tokens(
+        (span([0, 5, 6], False),),
+        ((span([7, 8], True),), (span([9], True), span([10], False), span([11], True))),
+        "pairs.jsonl",
+        3,
+    )
+    batch = pack([Tokens((span([1, 2], True),)), pair])
+    assert batch.input_ids.tolist() == [1, 2, 0, 5, 6, 7, 8, 9, 10, 11]
+    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 4, 3, 4, 5]  # each branch continues its trunk
+    assert batch.branch_ids.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.predict_at.tolist() == [0, 4, 5, 4, 8]
+    assert batch.targets.tolist() == [2, 7, 8, 9, 11]
+    assert batch.seq_ids.tolist() == [0, 1, 1, 2, 2]
+    assert (batch.seq_doc.tolist(), batch.seq_branch.tolist()) == ([0, 1, 1], [0, 1, 2])
+    assert batch.plan[1:] == (
+        Segment((2, 5), ((2, 5),)),
+        Segment((5, 7), ((2, 5), (5, 7))),
+        Segment((7, 10), ((2, 5), (7, 10))),
+    )
+    assert batch.rows == (("", 0), ("pairs.jsonl", 3))
+    assert batch.per_sequence(torch.ones(5)).tolist() == [1, 2, 2]
+
+
+def test_nothing_predicts_the_first_token_of_a_document() -> None:
+    batch = pack([Tokens((span([3], True),)), Tokens((span([4, 5], True),))])
+    assert batch.predict_at.tolist() == [1]
+    assert batch.targets.tolist() == [5]
+    assert batch.seq_doc.tolist() == [1]  # a document without predictions is no sequence
+
+
+def test_weight_zero_is_the_same_as_not_trained() -> None:
+    spans = (span([0], False), span([1, 2], True, 0.0), span([3], True))
+    batch = pack([Tokens(spans)])
+    assert batch.targets.tolist() == [3]
+    assert Tokens(spans).num_trained == 1
+
+
+def test_an_empty_list_is_an_empty_batch() -> None:
+    batch = pack([])
+    assert (batch.num_tokens, batch.num_predictions, batch.weight_sum, batch.plan) == (0, 0, 0.0, ())
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert batch.weights.dtype == torch.float32
+
+
+def random_spans(rng: np.random.Generator) -> tuple[Span, ...]:
+    return tuple(
+        span(rng.integers(0, 300, int(rng.integers(0, 4))), bool(rng.integers(2)), float(rng.choice([0.0, 0.5, 1.0])))
+        for _ in range(int(rng.integers(0, 4)))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weight_sum_is_what_pack_counts(seed: int) -> None:
+    """The denominators of a step are counted without packing; empty spans, trunks and branches included."""
+    rng = np.random.default_rng(seed)
+    samples = [Tokens(random_spans(rng), tuple(random_spans(rng) for _ in range(3))) for _ in range(30)]
+    for sample in samples:
+        batch = pack([sample])
+        assert weight_sum(sample) == batch.weight_sum == float(batch.weights.sum())
+        assert len(sample) == batch.num_tokens
+    assert sum(map(weight_sum, samples)) == pack(samples).weight_sum
+
+
+def test_packing_order_moves_documents_whole(random_samples: Callable[..., list[Tokens]]) -> None:
+    samples = random_samples(6)
+    forth, back = pack(samples), pack(samples[::-1])
+    for doc in range(6):
+        mine, other = forth.doc_ids == doc, back.doc_ids == 5 - doc
+        assert torch.equal(forth.input_ids[mine], back.input_ids[other])
+        assert torch.equal(forth.position_ids[mine], back.position_ids[other])
+        assert torch.equal(forth.targets[forth.seq_ids == doc], back.targets[back.seq_ids == 5 - doc])
+
+
+def test_to_keeps_the_plan_on_the_host(random_samples: Callable[..., list[Tokens]]) -> None:
+    batch = pack(random_samples(2))
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == "meta"
+    assert (moved.plan, moved.rows, moved.weight_sum) == (batch.plan, batch.rows, batch.weight_sum)
