@@ -155,7 +155,7 @@ def recipe_file(tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> Path:
         f"""
 model: {{name_or_path: {tiny_model_dir}, dtype: float32}}
 adapter: {{r: 4, lora_alpha: 8}}
-data: {{train: {chats_file}, chat_template: llama3, max_length: 256}}
+data: {{train: {chats_file}, chat_template: llama3, max_length: 512}}
 train: {{output_dir: {tmp_path}/run, batch_size: 8, max_steps: 4, learning_rate: 5e-3, threads: 1}}
 """
     )

@@ -8,7 +8,8 @@ Sizes in comments: N tokens in a row, M predictions, S scored sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,8 +120,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy whose tensors live on `device`; the plan stays on the host."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sums per-prediction values `[M]` into per-sequence values `[S]`."""

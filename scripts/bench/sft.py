@@ -319,7 +319,9 @@ def main() -> None:
 
 def report(results: dict[str, list[dict[str, Any]]], shares: dict[str, float], out: Path | None) -> None:
     """The table, the floor and our share of it."""
-    print(f"\n{'':<7}{'tok/s':>8}  {'(min - max)':<18}{'tokens/step':>12}{'trained':>9}{'peak memory':>13}  first losses")
+    print(
+        f"\n{'':<7}{'tok/s':>8}  {'(min - max)':<18}{'tokens/step':>12}{'trained':>9}{'peak memory':>13}  first losses"
+    )
     for side, runs in results.items():
         median, low, high = spread(runs, "tokens_per_second")
         last = runs[-1]

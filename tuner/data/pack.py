@@ -56,9 +56,8 @@ class _Row:
         """Lays one run of spans (the trunk, or one branch after the trunk at row positions `trunk`)."""
         start, trunk_len = self.length, trunk[1] - trunk[0]
         ids = np.concatenate([s.ids for s in spans]).astype(np.int64) if spans else np.empty(0, np.int64)
-        weight = np.concatenate(
-            [np.full(len(s.ids), s.weight if s.trained else 0.0, np.float32) for s in spans] or [[]]
-        )
+        weights = [np.full(len(s.ids), s.weight if s.trained else 0.0, np.float32) for s in spans]
+        weight = np.concatenate(weights) if weights else np.empty(0, np.float32)
         n = len(ids)
         before = np.arange(start - 1, start + n - 1)  # the state that predicts each token
         if branch and n:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,6 +25,7 @@ from tuner.recipe import AdapterSection
 
 ADAPTER = "default"
 META_FILE = "tuner.json"
+LanguageModel: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
             modules_to_save=list(section.modules_to_save) or None,
             use_rslora=section.use_rslora,
             use_dora=section.use_dora,
-            init_lora_weights=section.init_lora_weights,  # type: ignore[arg-type]
+            init_lora_weights=section.init_lora_weights,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(base, config)
@@ -68,6 +69,11 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
     if starts_off_zero(model):
         _keep_start(model)
     return model
+
+
+def is_adapted(lm: LanguageModel) -> TypeGuard[PeftModel]:
+    """Whether a model carries an adapter."""
+    return isinstance(lm, PeftModel)
 
 
 def starts_off_zero(model: PeftModel) -> bool:
@@ -146,7 +152,7 @@ def adapter_tensors(model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
             state[f"{name}.lora_A.weight"] = torch.cat([a.weight, a.get_buffer("start")], dim=0)
             state[f"{name}.lora_B.weight"] = torch.cat([b.weight, -b.get_buffer("start")], dim=1)
         factor = math.sqrt(2) if config.use_rslora else 2  # keeps the scaling alpha/r, or alpha/sqrt(r)
-        config.lora_alpha, config.r, config.init_lora_weights = config.lora_alpha * factor, 2 * config.r, True  # type: ignore[assignment]
+        config.lora_alpha, config.r, config.init_lora_weights = config.lora_alpha * factor, 2 * config.r, True
     return {k: v.detach().cpu().contiguous() for k, v in state.items()}, config
 
 

@@ -22,7 +22,15 @@ from tuner.model import quantize
 
 def _frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` of a frozen linear in `dtype`; 4-bit weights are dequantised anew each time."""
-    return quantize.dequantize(base, dtype) if quantize.is_4bit(base) else base.weight.detach().to(dtype)
+    if quantize.is_4bit(base):
+        return quantize.dequantize(base, dtype)
+    weight: Tensor = base.weight  # type: ignore[assignment]  # every module that comes here is a linear
+    return weight.detach().to(dtype)
+
+
+def _bias(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    return None if bias is None else bias.to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -37,8 +45,7 @@ class _LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         a16, b16 = (a * scaling).to(x.dtype), b.to(x.dtype)
         xa = flat @ a16.T  # [N, r]
-        bias = base.bias
-        y = F.linear(flat, _frozen_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(flat, _frozen_weight(base, x.dtype), _bias(base, x.dtype))
         y.addmm_(xa, b16.T)
         ctx.save_for_backward(flat, xa, a16, b16)
         ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
@@ -101,8 +108,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module) -> Tensor:
         ctx.base = base
-        bias = base.bias
-        return F.linear(x, _frozen_weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, _frozen_weight(base, x.dtype), _bias(base, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
+@cache
 def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     """sha256 over the weight files of a checkpoint, in name order: says whether two bases are the same."""
     digest = hashlib.sha256()
@@ -182,7 +184,7 @@ def load_base(
         )
         options["device_map"] = {"": device}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             config=config,
             dtype=param_dtype if trainable else compute,
@@ -194,6 +196,7 @@ def load_base(
         )
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {_first_line(error)}") from None
+    lm, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(k) for k in info.get(kind) or ()):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
@@ -24,7 +23,15 @@ from tuner.data.render import Renderer
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.evaluate import Question, read_questions
-from tuner.model.adapter import AdapterMeta, attach, check_trained_tokens, matched_modules, save_adapter
+from tuner.model.adapter import (
+    AdapterMeta,
+    LanguageModel,
+    attach,
+    check_trained_tokens,
+    is_adapted,
+    matched_modules,
+    save_adapter,
+)
 from tuner.model.fuse import fuse
 from tuner.model.load import (
     DTYPES,
@@ -51,6 +58,9 @@ from tuner.train.setup import (
 AUTOMATIC = (
     "model.dtype", "model.attn_implementation", "model.kernels", "train.microbatch_tokens", "train.threads",
 )  # fmt: skip
+
+# A run may be moved together with its files: these are compared by the hashes of what they name.
+KNOWN_BY_CONTENT = ("model.name_or_path", "data.train", "data.eval", "eval.questions", "train.output_dir")
 
 
 # --- machine ---
@@ -115,8 +125,13 @@ class Data:
         return {
             "data.train (content)": self.train.hash,
             "data.eval (content)": self.held_out.hash if self.held_out else "none",
+            "eval.questions (content)": _hash_questions(self.questions),
             "data.chat_template (text)": fingerprint(self.template.jinja) if self.template else "none",
         }
+
+
+def _hash_questions(questions: Sequence[Question]) -> str:
+    return hashlib.sha256(repr(questions).encode()).hexdigest() if questions else "none"
 
 
 def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
@@ -199,7 +214,7 @@ def open_run(
     if not machine.devices.is_main:
         yield _broadcast(None)
         return
-    identity = recipes.flatten(recipe) | data.identity()
+    identity = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT} | data.identity()
     identity["model (weights)"] = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
     run = RunDir.create(
         Path(recipe.train.output_dir),
@@ -246,8 +261,9 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
     base = load_base(model, device, trainable=full, param_dtype=DTYPES[recipe.train.param_dtype])
-    stored_dtype = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype or torch.float32
-    lm: PreTrainedModel | PeftModel = base if recipe.adapter is None else attach(base, recipe.adapter)
+    stored = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype
+    stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    lm: LanguageModel = base if recipe.adapter is None else attach(base, recipe.adapter)
     if data.template is not None:
         ids = control_ids(data.tokenizer)
         saved = recipe.adapter.modules_to_save if recipe.adapter else ()
@@ -269,13 +285,12 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -
 
 def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.causal_lm.parameters())
+    total = policy.causal_lm.num_parameters()  # knows that 4-bit tensors hold two weights a byte
     if recipe.adapter is None:
         how = f"full fine-tuning of {trained:,} parameters, stored in {recipe.train.param_dtype}"
         if recipe.train.param_dtype == "bfloat16":
             console.print("warning  train.param_dtype bfloat16 rounds away small updates; use it only to save memory")
     else:
-        assert isinstance(policy.lm, PeftModel)
         modules = ", ".join(f"{count} {name}" for name, count in matched_modules(policy.lm).items())
         base = f"{recipe.model.bnb_4bit_quant_type} base" if recipe.model.load_in_4bit else "base"
         how = f"LoRA on a frozen {base}: {trained:,} parameters train ({modules})"
@@ -288,9 +303,7 @@ def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], conso
     console.print(f"         {how}", highlight=False)
 
 
-def _save_result(
-    run: RunDir, recipe: Recipe, data: Data, lm: PreTrainedModel | PeftModel, stored_dtype: torch.dtype
-) -> Path:
+def _save_result(run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, stored_dtype: torch.dtype) -> Path:
     """`adapter/` or `model/`, with the tokenizer and the template that trained."""
     tokenizer = data.tokenizer
     if data.template is not None:
@@ -298,7 +311,7 @@ def _save_result(
     stop_ids = data.renderer.stop_ids
 
     def save(directory: Path) -> None:
-        if isinstance(lm, PeftModel):
+        if is_adapted(lm):
             save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids))
         else:
             lm.generation_config.eos_token_id = list(stop_ids)
@@ -310,7 +323,7 @@ def _save_result(
             warnings.simplefilter("ignore")
             tokenizer.save_pretrained(directory)
 
-    return run.write_result("adapter" if isinstance(lm, PeftModel) else "model", save)
+    return run.write_result("adapter" if is_adapted(lm) else "model", save)
 
 
 def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int]) -> AdapterMeta:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tuner.checkpoint import Checkpoint, RunDir, flatten_state, rng_state, set_rng_state, unflatten_state
+from tuner.checkpoint import Checkpoint, RunDir, damage, flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
 from tuner.data.stream import Plan
@@ -24,13 +24,14 @@ from tuner.errors import Interrupted, RunDirError
 from tuner.evaluate import Question, QuestionReport, answer_questions
 from tuner.model.load import padding_id
 from tuner.model.policy import Policy
-from tuner.recipe import Recipe
+from tuner.recipe import GenerateSection, Recipe
 from tuner.train.loop import Loop, Progress, Signals, Stage, StepReport, evaluate_loss
 from tuner.train.metrics import Metrics, start_trackers
 from tuner.train.optim import build_optimizer, parameter_groups, schedule
 from tuner.train.setup import Devices, wrap
 from tuner.types import Tokens
 
+GREEDY = GenerateSection(temperature=0.0)  # a question has one right answer
 OPTIMIZER_BYTES = 8  # AdamW keeps two fp32 moments a parameter
 
 
@@ -193,7 +194,7 @@ class Session:
                 self.renderer,
                 self.tokenizer,
                 self.questions,
-                settings=self.recipe.generate,
+                settings=GREEDY.model_copy(update={"max_new_tokens": self.recipe.generate.max_new_tokens}),
                 pad_id=padding_id(self.tokenizer),
                 seed=self.recipe.train.seed,
             )
@@ -279,6 +280,8 @@ class Session:
         best = self.progress.best_step
         path = Path(self.recipe.train.output_dir).absolute() / "checkpoints" / f"step-{best:06d}"
         self._publish()  # the last step stays resumable
+        if problem := damage(path):
+            raise RunDirError(f"eval.load_best: the checkpoint of step {best} cannot be loaded: {problem}")
         tensors, _ = Checkpoint(path, best).load()
         self._load_weights(tensors["weights"], path)
         self.console.print(f"best     step {best} ({self.recipe.eval.metric} {self.progress.best:.4f}) is the result")
