@@ -3,11 +3,11 @@
     python scripts/bench/sft.py                          # bundled chats
     python scripts/bench/sft.py --data my.jsonl --json result.json
 
-Both sides train LoRA (r=16 on every linear) over a random 56 M-parameter Llama (hidden 512, 8 layers, 8 heads, 4 KV heads,
-vocabulary 32,000) with about 1,000 tokens an optimizer step, bf16 compute and fp32 adapters; TRL at its best CPU settings:
-bf16 weights, no gradient checkpointing, packing (bfd) into rows of 512, two rows a step. Every repeat is a fresh process,
-the sides take turns, and the first steps are not counted. Then the floor: the matmuls that a step cannot do without, at the
-rate measured for these very shapes; and a profile of where our step's time goes.
+Both sides train LoRA (r=16 on every linear) over a random 56 M-parameter Llama (hidden 512, 8 layers, 8 heads, 4 KV
+heads, vocabulary 32,000) with about 1,000 tokens an optimizer step, bf16 compute and fp32 adapters; TRL at its best
+CPU settings: bf16 weights, no gradient checkpointing, packing (bfd) into rows of 512, two rows a step. Every repeat
+is a fresh process, the sides take turns, and the first steps are not counted. Then the floor: the matmuls that a step
+cannot do without, at the rate measured for these very shapes; and a profile of where our step's time goes.
 """
 
 from __future__ import annotations
@@ -340,8 +340,9 @@ def report(results: dict[str, list[dict[str, Any]]], shares: dict[str, float], o
     share = least["floor_seconds"] / seconds
     print(f"\nratio tuner/trl, pair by pair: {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})")
     print(
-        f"floor: {least['matmul_flops'] / 1e9:.0f} GFLOP of matmul a step at {least['matmul_flops_per_second'] / 1e12:.2f} "
-        f"TFLOP/s = {least['floor_seconds']:.3f} s; our step {seconds:.3f} s, {share:.0%} of the floor's rate"
+        f"floor: {least['matmul_flops'] / 1e9:.0f} GFLOP of matmul a step at "
+        f"{least['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s = {least['floor_seconds']:.3f} s; "
+        f"our step {seconds:.3f} s, {share:.0%} of the floor's rate"
     )
     print("where our step goes: " + ", ".join(f"{kind} {value:.0%}" for kind, value in shares.items()))
     if out:

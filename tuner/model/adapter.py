@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuner.errors import ModelError, RecipeError
-from tuner.model import quantize
 from tuner.recipe import AdapterSection
 
 ADAPTER = "default"
@@ -226,7 +225,7 @@ def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: b
         ModelError: names the tokens and the remedy.
     """
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    if trained or quantize.is_4bit(model):
+    if trained:
         return
     rows = weight[list(ids)].detach().float()
     norms = rows.norm(dim=1)

@@ -41,9 +41,10 @@ def _ranges(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 class _ShortSegments(torch.autograd.Function):
     """Every segment of a row by plain batched matmuls, for short segments in bf16 on CPU.
 
-    The fused CPU kernel of torch spends three times as long on the backward of a document of 170 tokens. Scores and softmax
-    are in fp32; probabilities are kept in the dtype of the inputs, as the fused kernel uses them, so memory is the sum of
-    queries x keys. One node for the row writes straight into its output and gradients, without split and concatenation.
+    The fused CPU kernel of torch spends three times as long on forward and backward of a document of 170 tokens. Scores
+    and softmax are in fp32; probabilities are kept in the dtype of the inputs, as the fused kernel uses them, so memory
+    is the sum of queries x keys. One node for the row writes straight into its output and its gradients, without split
+    and concatenation.
     """
 
     @staticmethod

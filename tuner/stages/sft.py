@@ -48,7 +48,7 @@ def run(
     """
     machine = prepare.machine(recipe, resume=resume)
     console = Console(soft_wrap=True, quiet=not machine.devices.is_main)
-    recipe = machine.recipe
+    recipe, console.quiet = machine.recipe, not machine.devices.is_main
     stage = SFT(language.resolve(recipe.loss.type, recipe.loss.parameters))
     data = prepare.data(recipe, machine.devices, console)
     if dry_run:
@@ -74,7 +74,8 @@ def run(
             console=console,
         )
         summary = session.train(opened.checkpoint)
-    report(recipe, summary, base.policy, console)
+    if machine.devices.is_main:
+        report(recipe, summary, base.policy, console)
     return summary
 
 

@@ -101,9 +101,9 @@ class Session:
                     self._restore(checkpoint)
                 self._record_setup()
                 self._train()
+                return self._finish()
             finally:
                 self.metrics.close()
-            return self._finish()
 
     def _train(self) -> None:
         if not self.progress.history.get("before"):
@@ -185,6 +185,7 @@ class Session:
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}", highlight=False)
             self.metrics.note(self.progress.step, values)
+        self.progress.history["evaluated"] = self.progress.step
         return values
 
     def _ask(self) -> QuestionReport:
