@@ -144,6 +144,8 @@ def adapter_tensors(model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config: LoraConfig = LoraConfig(**_config_fields(model))
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # a set would be written in another order each time
     if starts_off_zero(model):
         modules = {n: m for n, m in model.named_modules() if isinstance(m, lora.layer.LoraLayer)}
         for name, module in modules.items():

@@ -55,17 +55,18 @@ class _ShortSegments(torch.autograd.Function):
         groups = key.shape[1]
         output = query.new_empty(n, heads, dim)
         kept: list[Tensor] = []
-        for segment in plan:
-            (start, stop), length = segment.query, segment.query[1] - segment.query[0]
-            q = query[0, :, start:stop].reshape(groups, -1, dim)  # [kv_heads, heads/kv_heads x queries, D]
-            k = _ranges(key, segment.keys)[0]  # [kv_heads, keys, D]
-            v = _ranges(value, segment.keys)[0]
-            scores = torch.bmm(q.float().mul_(scaling), k.float().transpose(1, 2))
-            hidden = ~segment_mask(length, k.shape[1], window, query.device)
-            scores.view(groups, -1, length, k.shape[1]).masked_fill_(hidden, float("-inf"))
-            p = torch.softmax(scores, dim=-1).to(v.dtype)
-            output[start:stop] = torch.bmm(p, v).view(heads, length, dim).transpose(0, 1)
-            kept.append(p)
+        with torch.autocast(query.device.type, enabled=False):  # which would take the scores back to bf16
+            for segment in plan:
+                (start, stop), length = segment.query, segment.query[1] - segment.query[0]
+                q = query[0, :, start:stop].reshape(groups, -1, dim)  # [kv_heads, heads/kv_heads x queries, D]
+                k = _ranges(key, segment.keys)[0]  # [kv_heads, keys, D]
+                v = _ranges(value, segment.keys)[0]
+                scores = torch.bmm(q.float().mul_(scaling), k.float().transpose(1, 2))
+                hidden = ~segment_mask(length, k.shape[1], window, query.device)
+                scores.view(groups, -1, length, k.shape[1]).masked_fill_(hidden, float("-inf"))
+                p = torch.softmax(scores, dim=-1).to(v.dtype)
+                output[start:stop] = torch.bmm(p, v).view(heads, length, dim).transpose(0, 1)
+                kept.append(p)
         ctx.save_for_backward(query, key, value, output, *kept)
         ctx.plan, ctx.scaling = plan, scaling
         return output[None]
@@ -159,6 +160,9 @@ def tuner_varlen(
     """
     if tuner_plan is None:
         raise RuntimeError("tuner_varlen was called without a plan; use Policy.generation_mode() for other calls")
+    if torch.is_autocast_enabled(query.device.type):  # rotated in fp32 when the residual stream is
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     longest = max(sum(stop - start for start, stop in segment.keys) for segment in tuner_plan)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and longest <= SHORT and not dropout:
         return _ShortSegments.apply(query, key, value, tuner_plan, scaling, sliding_window), None

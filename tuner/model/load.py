@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,6 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-@cache
 def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     """sha256 over the weight files of a checkpoint, in name order: says whether two bases are the same."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ class Opened:
     run: RunDir | None
     checkpoint: Checkpoint | None
     finished: bool
+    base_sha256: str
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -215,7 +216,8 @@ def open_run(
         yield _broadcast(None)
         return
     identity = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT} | data.identity()
-    identity["model (weights)"] = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
+    base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
+    identity["model (weights)"] = base_sha256
     run = RunDir.create(
         Path(recipe.train.output_dir),
         recipes.dump(recipe),
@@ -227,8 +229,8 @@ def open_run(
     )
     with run:
         checkpoint = run.latest() if resume and not run.finished else None
-        opened = Opened(run, checkpoint, run.finished, run.manifest.get("summary", {}))
-        _broadcast(Opened(None, checkpoint, run.finished, opened.summary))
+        opened = Opened(run, checkpoint, run.finished, base_sha256, run.manifest.get("summary", {}))
+        _broadcast(replace(opened, run=None))
         if not run.finished:
             reports = {"train": data.train.report.as_dict()}
             if data.held_out:
@@ -256,7 +258,7 @@ class Model:
     save_result: Callable[[RunDir], Path]
 
 
-def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -> Model:
+def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console) -> Model:
     """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
@@ -280,7 +282,7 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, console: Console) -
     )
     if machine.devices.is_main:
         _print_model(recipe, policy, fused, console)
-    return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype))
+    return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype, base_sha256))
 
 
 def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
@@ -312,7 +314,7 @@ def _save_result(run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, sto
 
     def save(directory: Path) -> None:
         if is_adapted(lm):
-            save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids))
+            save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids, base_sha256))
         else:
             lm.generation_config.eos_token_id = list(stop_ids)
             lm.generation_config.pad_token_id = padding_id(tokenizer)
@@ -326,7 +328,7 @@ def _save_result(run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, sto
     return run.write_result("adapter" if is_adapted(lm) else "model", save)
 
 
-def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int]) -> AdapterMeta:
+def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int], base_sha256: str) -> AdapterMeta:
     model = recipe.model
     quantization = None
     if model.load_in_4bit:
@@ -338,7 +340,7 @@ def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int]) -> Adapte
     return AdapterMeta(
         base=model.name_or_path,
         revision=find_checkpoint(model.name_or_path, model.revision).commit,
-        base_sha256=base_fingerprint(model.name_or_path, model.revision),
+        base_sha256=base_sha256,
         quantization=quantization,
         chat_template=data.template.name if data.template else "none",
         stop_ids=tuple(stop_ids),

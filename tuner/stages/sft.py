@@ -57,7 +57,7 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        base = prepare.load_model(recipe, machine, data, console)
+        base = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
         session = Session(
             recipe=recipe,
             devices=machine.devices,

@@ -185,7 +185,6 @@ class Session:
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}", highlight=False)
             self.metrics.note(self.progress.step, values)
-        self.progress.history["evaluated"] = self.progress.step
         return values
 
     def _ask(self) -> QuestionReport:
