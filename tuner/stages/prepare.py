@@ -305,7 +305,9 @@ def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], conso
     console.print(f"         {how}", highlight=False)
 
 
-def _save_result(run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, stored_dtype: torch.dtype) -> Path:
+def _save_result(
+    run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, stored_dtype: torch.dtype, base_sha256: str
+) -> Path:
     """`adapter/` or `model/`, with the tokenizer and the template that trained."""
     tokenizer = data.tokenizer
     if data.template is not None:
