@@ -55,8 +55,8 @@ def samples_of(trainer: SFTTrainer) -> list[Tokens]:
     """TRL's own tokens: each row's ids, the completion trained."""
     samples = []
     for row in trainer.train_dataset:
-        cut = row["completion_mask"].index(1)
-        assert all(row["completion_mask"][cut:])
+        cut = sum(label == -100 for label in row["labels"])
+        assert row["labels"] == [-100] * cut + row["input_ids"][cut:] and cut > 0
         samples.append(Tokens((span(row["input_ids"][:cut], False), span(row["input_ids"][cut:], True))))
     return samples
 

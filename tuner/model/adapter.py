@@ -46,7 +46,7 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
         RecipeError: a target that matches no module, or one that cannot be adapted.
     """
     if section.path:
-        model = load_adapter(base, Path(section.path), trainable=True)
+        model = load_adapter(base, adapter_directory(Path(section.path)), trainable=True)
     else:
         targets = resolve_targets(base, section.target_modules)
         _check_saved_modules(base, section.modules_to_save)
@@ -68,6 +68,32 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
     if starts_off_zero(model):
         _keep_start(model)
     return model
+
+
+def adapter_directory(path: Path) -> Path:
+    """The adapter directory that `path` means: itself, or the `adapter/` of a run."""
+    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
+def check_continues(path: Path, base_sha256: str, load_in_4bit: bool) -> None:
+    """Refuses to go on training an adapter on another base, or on the same base quantised otherwise.
+
+    Raises:
+        ModelError: names what differs. An adapter of another tool, without `tuner.json`, passes.
+    """
+    meta = read_meta(adapter_directory(path))
+    if meta is None:
+        return
+    if meta.base_sha256 != base_sha256:
+        raise ModelError(
+            f"adapter.path: {path} was trained on another base ({meta.base}, weights {meta.base_sha256[:12]}) than "
+            f"model.name_or_path (weights {base_sha256[:12]}); give that base"
+        )
+    if (meta.quantization is not None) != load_in_4bit:
+        was = "a 4-bit base" if meta.quantization else "an unquantised base"
+        raise ModelError(
+            f"adapter.path: {path} was trained on {was}; set model.load_in_4bit: {str(not load_in_4bit).lower()}"
+        )
 
 
 def is_adapted(lm: LanguageModel) -> TypeGuard[PeftModel]:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
 from tuner import recipe as recipes
-from tuner.checkpoint import RECIPE, Checkpoint, RunDir
+from tuner.checkpoint import RECIPE, Checkpoint, RunDir, file_entries
 from tuner.data.render import Renderer
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
 from tuner.data.templates import Template, control_ids, fingerprint
@@ -26,7 +27,9 @@ from tuner.evaluate import Question, read_questions
 from tuner.model.adapter import (
     AdapterMeta,
     LanguageModel,
+    adapter_directory,
     attach,
+    check_continues,
     check_trained_tokens,
     is_adapted,
     matched_modules,
@@ -60,7 +63,14 @@ AUTOMATIC = (
 )  # fmt: skip
 
 # A run may be moved together with its files: these are compared by the hashes of what they name.
-KNOWN_BY_CONTENT = ("model.name_or_path", "data.train", "data.eval", "eval.questions", "train.output_dir")
+KNOWN_BY_CONTENT = (
+    "model.name_or_path",
+    "data.train",
+    "data.eval",
+    "eval.questions",
+    "adapter.path",
+    "train.output_dir",
+)
 
 
 # --- machine ---
@@ -218,6 +228,9 @@ def open_run(
     identity = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT} | data.identity()
     base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
     identity["model (weights)"] = base_sha256
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        start = adapter_directory(Path(recipe.adapter.path))
+        identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
     run = RunDir.create(
         Path(recipe.train.output_dir),
         recipes.dump(recipe),
@@ -265,6 +278,8 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     base = load_base(model, device, trainable=full, param_dtype=DTYPES[recipe.train.param_dtype])
     stored = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype
     stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        check_continues(Path(recipe.adapter.path), base_sha256, model.load_in_4bit)
     lm: LanguageModel = base if recipe.adapter is None else attach(base, recipe.adapter)
     if data.template is not None:
         ids = control_ids(data.tokenizer)
@@ -320,14 +335,23 @@ def _save_result(
         else:
             lm.generation_config.eos_token_id = list(stop_ids)
             lm.generation_config.pad_token_id = padding_id(tokenizer)
-            state = {k: v.to(stored_dtype) if v.is_floating_point() else v for k, v in lm.state_dict().items()}
-            lm.config.dtype = stored_dtype
-            lm.save_pretrained(directory, state_dict=state)
+            lm.save_pretrained(directory, state_dict=_stored(lm, stored_dtype))
+            lm.config.dtype = stored_dtype  # save_pretrained has written the dtype that trained
+            lm.config.save_pretrained(directory)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer.save_pretrained(directory)
 
     return run.write_result("adapter" if is_adapted(lm) else "model", save)
+
+
+def _stored(lm: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict in `dtype`; tied weights stay one tensor, so that they are saved once."""
+    cast: dict[int, Tensor] = {}
+    state = lm.state_dict()
+    for tensor in state.values():
+        cast.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
 
 
 def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int], base_sha256: str) -> AdapterMeta:
