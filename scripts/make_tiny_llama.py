@@ -355,6 +355,7 @@ def main() -> None:
     parser.add_argument("--prepare-only", action="store_true", help="stop before pretraining")
     parser.add_argument("overrides", nargs="*", help="further overrides of recipes/pretrain.yaml (section.key=value)")
     arguments = parser.parse_args()
+    arguments.work = arguments.work.resolve()
 
     if arguments.work.exists():
         shutil.rmtree(arguments.work)
@@ -373,7 +374,7 @@ def main() -> None:
         f"train.seed={arguments.seed}",
         *arguments.overrides,
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=REPOSITORY)
     finish(run / "model", tokenizer, texts, arguments.output, arguments.seed)
     print(f"{arguments.output}: {sum(f.stat().st_size for f in arguments.output.iterdir()) / 1e6:.2f} MB")
 

@@ -56,7 +56,7 @@ for name, path in request["results"].items():
             options = {"quantization_config": four}
         base = AutoModelForCausalLM.from_pretrained(request["base"], dtype=torch.float32, **options)
         lm = PeftModel.from_pretrained(base, path)
-    # On some CPUs bitsandbytes evaluates in bf16 whatever it was asked; there is no dropout that training would switch on.
+    # On some CPUs bitsandbytes evaluates in bf16 whatever it was asked; no dropout is at work in training mode.
     lm.train(name.startswith("qlora"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = torch.tensor([request["ids"]])

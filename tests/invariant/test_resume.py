@@ -62,7 +62,9 @@ class Cut:
     def stop(self, recipe_file: Path, output: Path, step: int, microbatch: int = 0, **options: Any) -> None:
         """Runs until step `step` (1-based) is done: its checkpoint is what is published."""
         self.at = (step - 1, microbatch)
-        with pytest.raises(Interrupted, match=rf"step {step} of {STEPS} is saved in .*; continue with --resume") as caught:
+        with pytest.raises(
+            Interrupted, match=rf"step {step} of {STEPS} is saved in .*; continue with --resume"
+        ) as caught:
             run(recipe_file, output, **options)
         assert caught.value.exit_code == 143
         self.at = None

@@ -1,4 +1,4 @@
-"""Adapters: what is refused, what is trained and in which dtype, and files that plain peft loads on the untouched base."""
+"""Adapters: what is refused, what trains and in which dtype, and files that plain peft loads on the untouched base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from tuner.model.adapter import (
 from tuner.recipe import AdapterSection
 
 IDS = torch.randint(24, 300, (2, 19), generator=torch.Generator().manual_seed(0))
-META = AdapterMeta("base", None, "aa", {"type": "nf4", "double_quant": True, "compute_dtype": "float32"}, "llama3", (4,))
+META = AdapterMeta(
+    "base", None, "aa", {"type": "nf4", "double_quant": True, "compute_dtype": "float32"}, "llama3", (4,)
+)
 Make = Callable[..., LlamaForCausalLM]
 
 

@@ -89,7 +89,9 @@ def test_a_shard_outside_the_directory_is_refused(tiny_model_dir: Path, name: st
         base(tiny_model_dir)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', "{}", '{"weight_map": {}}', '{"weight_map": {"x": 5}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": []}', "{}", '{"weight_map": {}}', '{"weight_map": {"x": 5}}']
+)
 def test_a_broken_index_is_refused(tiny_model_dir: Path, text: str) -> None:
     shard(tiny_model_dir)
     (tiny_model_dir / "model.safetensors.index.json").write_text(text)
@@ -160,7 +162,11 @@ def test_dtypes(tiny_model_dir: Path) -> None:
 
 
 def test_auto_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    for avx, amx, dtype in ((True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)):
+    for avx, amx, dtype in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert resolve_dtype("auto", CPU) == dtype

@@ -186,7 +186,7 @@ def test_generation_mode_puts_everything_back(make_model: Make, random_samples: 
         ids = generate(inside, [[0, 30, 31], [0, 40]], stop_ids=[1], pad_id=7, max_new_tokens=4)
     between = policy(batch), torch.rand(3)  # the generator is where it was
     after = draw()
-    for (logps, drawn) in (between, after):
+    for logps, drawn in (between, after):
         assert torch.equal(logps, before[0]) and torch.equal(drawn, before[1])
     assert policy.training is training and lm.training is training and torch.is_grad_enabled()
     assert policy.causal_lm.config._attn_implementation == policy.attn_implementation == "tuner_varlen"

@@ -136,9 +136,7 @@ def start(tiny_model_dir: Path, tmp_path: Path) -> tuple[Path, Callable[[], Peft
     return tmp_path / "start", load
 
 
-def test_lora(
-    recipe_file: Path, rows: list[Row], tmp_path: Path, start: tuple[Path, Callable[[], PeftModel]]
-) -> None:
+def test_lora(recipe_file: Path, rows: list[Row], tmp_path: Path, start: tuple[Path, Callable[[], PeftModel]]) -> None:
     directory, load = start
     lm = load()
     theirs = train(lm, rows, weight_decay=0.0)

@@ -289,6 +289,31 @@ def test_a_mistake_leaves_no_run_behind(recipe_file: Path, output: Path) -> None
     run(recipe_file, overwrite=output.exists())
 
 
+def test_bf16_masters_are_never_said_to_compute_in_fp32(recipe_file: Path, output: Path) -> None:
+    with pytest.raises(RecipeError, match="train.param_dtype: .* cannot be computed with in float32; set model.dtype"):
+        run(recipe_file, "adapter=null", "train.param_dtype=bfloat16")
+    assert not output.exists()
+
+
+def test_ranks_end_for_the_same_reason(recipe_file: Path, output: Path) -> None:
+    """A mistake that only the main rank sees is what every rank says; none blames a lost connection."""
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tuner"]
+    done = subprocess.run(
+        [*command, "sft", str(recipe_file)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(said) <= 2 and all("holds files but no readable manifest.json" in line for line in said)
+    assert [p.name for p in output.iterdir()] == ["thesis.txt"]
+
+
 def test_a_run_is_not_overwritten_unless_asked(recipe_file: Path, output: Path) -> None:
     run(recipe_file)
     before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -344,7 +369,7 @@ def test_sigterm_publishes_and_exits_143(
     while not (output / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     (last,) = err.splitlines()[-1:]
     (checkpoint,) = (output / "checkpoints").iterdir()

@@ -277,6 +277,6 @@ with Signals():
         print("alive", flush=True)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
     )
     assert done.returncode == -signal.SIGTERM and done.stdout == "alive\n"

@@ -127,7 +127,9 @@ def test_memory_is_counted_in_bytes() -> None:
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"log.report_to: unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?"):
+    with pytest.raises(
+        RecipeError, match=r"log.report_to: unknown tracker 'tensorbord' \(did you mean 'tensorboard'\?"
+    ):
         start_trackers(["tensorbord"], "run", str(tmp_path), {})
 
 

@@ -51,7 +51,7 @@ class ModelSection(Section):
 
     name_or_path: Text = Field(description="Checkpoint directory, or Hub id `org/name`.")
     revision: Text | None = Field(None, description="Commit, tag or branch of a Hub id; recorded as a commit.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute dtype; auto: bfloat16 where the hardware has it natively, else float32."
     )
     attn_implementation: Literal["auto", "tuner_varlen", "sdpa", "eager"] = Field(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tuner.checkpoint import RECIPE, Checkpoint, RunDir, file_entries
 from tuner.data.render import Renderer
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
 from tuner.data.templates import Template, control_ids, fingerprint
+from tuner.errors import RecipeError, TunerError
 from tuner.evaluate import Question, read_questions
 from tuner.model.adapter import (
     AdapterMeta,
@@ -108,6 +109,11 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
             "train.threads": threads,
         },
     )
+    if recipe.adapter is None and train.param_dtype == "bfloat16" != recipe.model.dtype:
+        raise RecipeError(
+            f"train.param_dtype: weights stored in bfloat16 cannot be computed with in {recipe.model.dtype}; set "
+            "model.dtype: bfloat16, or train.param_dtype: float32"
+        )
     torch.set_num_threads(threads)
     if devices.device.type == "cpu":
         keep_freed_memory()
@@ -188,7 +194,7 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     plan, unit = found.plan, recipe.train.batch_unit
     epochs = plan.epochs_done(plan.num_steps)
     size = f"{recipe.train.batch_size:,} {unit}"
-    say("plan", [f"{plan.num_steps:,} steps of {size} ({epochs:.2g} epochs of {plan.steps_per_epoch:,} steps)"])
+    say("plan", [f"{plan.num_steps:,} steps of {size} ({epochs:.4g} epochs of {plan.steps_per_epoch:,} steps)"])
 
 
 def report_dry_run(found: Data, console: Console) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def open_run(
 ) -> Iterator[Opened]:
     """Makes, resumes or replaces the run directory on the main rank, and tells the others what it found."""
     if not machine.devices.is_main:
-        yield _broadcast(None)
+        yield _hear()
         return
     identity = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT} | data.identity()
     base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
@@ -231,19 +237,24 @@ def open_run(
     if recipe.adapter is not None and recipe.adapter.path is not None:
         start = adapter_directory(Path(recipe.adapter.path))
         identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
-    run = RunDir.create(
-        Path(recipe.train.output_dir),
-        recipes.dump(recipe),
-        identity,
-        resume=resume,
-        overwrite=overwrite,
-        allow_drift=allow_drift,
-        log=lambda line: console.print(line, highlight=False, markup=False),
-    )
-    with run:
-        checkpoint = run.latest() if resume and not run.finished else None
+    with ExitStack() as stack:
+        try:
+            run = RunDir.create(
+                Path(recipe.train.output_dir),
+                recipes.dump(recipe),
+                identity,
+                resume=resume,
+                overwrite=overwrite,
+                allow_drift=allow_drift,
+                log=lambda line: console.print(line, highlight=False, markup=False),
+            )
+            stack.enter_context(run)
+            checkpoint = run.latest() if resume and not run.finished else None
+        except TunerError as error:
+            _tell(error)
+            raise
         opened = Opened(run, checkpoint, run.finished, base_sha256, run.manifest.get("summary", {}))
-        _broadcast(replace(opened, run=None))
+        _tell(replace(opened, run=None))
         if not run.finished:
             reports = {"train": data.train.report.as_dict()}
             if data.held_out:
@@ -252,11 +263,19 @@ def open_run(
         yield opened
 
 
-def _broadcast(opened: Opened | None) -> Opened:
-    values = [opened]
+def _tell(found: Opened | TunerError) -> None:
+    """The main rank says to the others what it found, or why it cannot go on."""
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    assert values[0] is not None
+        dist.broadcast_object_list([found], src=0)
+
+
+def _hear() -> Opened:
+    """What the main rank found; its error is raised here too, so that all ranks end for the same reason."""
+    values: list[Any] = [None]
+    dist.broadcast_object_list(values, src=0)
+    if isinstance(values[0], TunerError):
+        raise values[0]
+    assert isinstance(values[0], Opened)
     return values[0]
 
 
