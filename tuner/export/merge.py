@@ -31,7 +31,7 @@ from tuner.data.templates import TEMPLATES, Template
 from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, TunerError
 from tuner.evaluate import read_questions
 from tuner.model import quantize
-from tuner.model.adapter import AdapterMeta, load_adapter, read_meta
+from tuner.model.adapter import AdapterMeta, load_adapter, read_meta, read_peft_config, saved_keys
 from tuner.model.load import (
     DTYPES,
     base_fingerprint,
@@ -214,9 +214,8 @@ def _target(output: Path, overwrite: bool) -> Path:
 
 def _meta(directory: Path) -> tuple[AdapterMeta, tuple[str, ...]]:
     """What the adapter says about itself; of one by another tool, what peft's file says, and what that leaves open."""
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{directory} is a {config.get('peft_type')} adapter; only LoRA and its kin can be merged")
+    config = read_peft_config(directory)
+    saved_keys(directory)  # refuses a damaged file before the base is read
     meta = read_meta(directory)
     if meta is not None:
         return meta, ()
@@ -247,8 +246,8 @@ def _section(meta: AdapterMeta, base: str | None) -> ModelSection:
 
 def _refuse_tied(base: PreTrainedModel, directory: Path) -> None:
     """With tied embeddings a delta on one of the two would reach the other too (or, merged by peft, count twice)."""
-    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-        touched = {part for key in file.keys() for part in key.split(".") if part in ("embed_tokens", "lm_head")}
+    parts = {part for key in saved_keys(directory) for part in key.split(".")}
+    touched = parts & {"embed_tokens", "lm_head"}
     if touched and base.config.tie_word_embeddings:
         raise ModelError(
             f"{directory} trains {' and '.join(sorted(touched))}, which this base ties together, so no merged model "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuner.errors import ModelError, RecipeError
+from tuner.errors import ModelError, RecipeError, first_line
 from tuner.recipe import AdapterSection
 
 ADAPTER = "default"
 META_FILE = "tuner.json"
+_QUANTIZATION = {"type", "double_quant", "compute_dtype"}
 LanguageModel: TypeAlias = PreTrainedModel | PeftModel
 
 
@@ -208,8 +208,12 @@ def read_meta(directory: Path) -> AdapterMeta | None:
         return None
     try:
         fields: Mapping[str, Any] = json.loads(file.read_text())
-        return AdapterMeta(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
-    except (ValueError, TypeError, KeyError):
+        meta = AdapterMeta(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+        whole = all(isinstance(text, str) for text in (meta.base, meta.base_sha256, meta.chat_template))
+        if not whole or not (meta.quantization is None or _QUANTIZATION <= meta.quantization.keys()):
+            raise ValueError
+        return meta
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise ModelError(f"{file} cannot be read; the adapter directory is damaged") from None
 
 
@@ -219,29 +223,46 @@ def load_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = Fa
     Raises:
         ModelError: no adapter there, a damaged file, or an adapter that does not fit this base.
     """
-    if not (directory / "adapter_config.json").is_file():
-        raise ModelError(f"{directory} holds no adapter_config.json; give an adapter directory")
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{directory} holds no adapter_model.safetensors; tuner reads safetensors only")
+    read_peft_config(directory)
+    found = set(saved_keys(directory))
     try:
         model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{directory}/adapter_model.safetensors cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{directory}/adapter_model.safetensors cannot be read: {first_line(error)}") from None
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the adapter {directory} does not fit this base: {_first_line(error)}") from None
+        raise ModelError(f"the adapter {directory} does not fit this base: {first_line(error)}") from None
     expected = set(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
-    found = set(_saved_keys(directory))
     if expected != found:
         odd = sorted(expected ^ found)[0]
         raise ModelError(f"the adapter {directory} does not fit this base: '{odd}' is in only one of the two")
     return model
 
 
-def _saved_keys(directory: Path) -> list[str]:
-    # the header of a safetensors file is JSON behind its 8-byte little-endian length
-    with (directory / "adapter_model.safetensors").open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return [k for k in header if k != "__metadata__"]
+def read_peft_config(directory: Path) -> dict[str, Any]:
+    """peft's `adapter_config.json` of a LoRA adapter. ModelError: there is none, it is damaged, or of another kind."""
+    file = directory / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except FileNotFoundError:
+        raise ModelError(f"{directory} holds no adapter_config.json; give an adapter directory") from None
+    except (OSError, ValueError, AttributeError):
+        raise ModelError(f"{file} cannot be read; the adapter directory is damaged") from None
+    if kind != "LORA":
+        raise ModelError(f"{directory} is a {kind} adapter; tuner knows LoRA and its kin only")
+    return dict(config)
+
+
+def saved_keys(directory: Path) -> list[str]:
+    """The names of the tensors of a saved adapter. ModelError: there are none, or the file is damaged."""
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{directory} holds no adapter_model.safetensors; tuner reads safetensors only")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is truncated or is not a safetensors file: {first_line(error)}") from None
 
 
 def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: bool) -> None:
@@ -267,8 +288,3 @@ def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: b
             "other) and would stay frozen; add adapter.modules_to_save: [embed_tokens, lm_head], fine-tune the full "
             "weights, or use a data.chat_template whose control tokens the base knows"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return re.split(r"\n", text)[0] if text else type(error).__name__

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from tuner.errors import ModelError
+from tuner.errors import ModelError, first_line
 from tuner.model import attention, quantize
 from tuner.recipe import ModelSection
 
@@ -70,8 +70,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of a Llama-family checkpoint; any other architecture is refused by name."""
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{checkpoint.path}/config.json cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # a file that is not what it should be makes transformers raise nearly anything
+        raise ModelError(f"{checkpoint.path}/config.json cannot be read: {first_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{checkpoint.path} is a '{config.model_type}' model; tuner trains the Llama family ({', '.join(FAMILIES)})"
@@ -82,10 +82,12 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint; slow ones are refused, since they can give no exact ids for spans of text."""
     path = find_checkpoint(name_or_path, revision).path
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ModelError(f"{path} holds no tokenizer.json; fetch the checkpoint again, with its tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # as above
+        raise ModelError(f"{path}: the tokenizer cannot be read: {first_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"{path}: the tokenizer has no tokenizer.json; convert it to a fast tokenizer first")
     return tokenizer
@@ -151,6 +153,22 @@ def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def check_checkpoint(model: ModelSection) -> tuple[Checkpoint, PretrainedConfig]:
+    """Finds a checkpoint and refuses what can be refused without reading its weights, in well under a second.
+
+    Raises:
+        ModelError: nothing is there, not of the Llama family, weights missing or truncated, or shapes that 4-bit
+            blocks do not fit.
+    """
+    checkpoint = find_checkpoint(model.name_or_path, model.revision)
+    config = load_config(checkpoint)
+    for file in weight_files(checkpoint.path):
+        _check_readable(file)
+    if model.load_in_4bit:
+        quantize.check_shapes(config.hidden_size, config.intermediate_size)
+    return checkpoint, config
+
+
 def load_base(
     model: ModelSection,
     device: torch.device | str,
@@ -168,15 +186,10 @@ def load_base(
         ModelError: not of the Llama family, or weights missing, truncated or of other names than the config asks for.
     """
     device = torch.device(device)
-    checkpoint = find_checkpoint(model.name_or_path, model.revision)
-    config = load_config(checkpoint)
+    checkpoint, config = check_checkpoint(model)
     compute = resolve_dtype(model.dtype, device)
-    files = weight_files(checkpoint.path)
-    for file in files:
-        _check_readable(file)
     options: dict[str, Any] = {}
     if model.load_in_4bit:
-        quantize.check_shapes(config.hidden_size, config.intermediate_size)
         options["quantization_config"] = quantize.quantization_config(
             model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant, compute
         )
@@ -190,10 +203,13 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed, and refused below
             **options,
         )
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {_first_line(error)}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, ValueError, LookupError, ArithmeticError, TypeError) as error:
+        raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {first_line(error)}") from None
     lm, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(k) for k in info.get(kind) or ()):
@@ -217,11 +233,6 @@ def _check_readable(file: Path) -> None:
     except (SafetensorError, OSError) as error:
         size = os.path.getsize(file)
         raise ModelError(
-            f"{file} ({size} bytes) is truncated or is not a safetensors file ({_first_line(error)}); "
+            f"{file} ({size} bytes) is truncated or is not a safetensors file ({first_line(error)}); "
             "fetch the checkpoint again"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -181,6 +181,8 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
     if model.load_in_4bit and adapter is not None and str(adapter.init_lora_weights).startswith("pissa"):
         remedy = "PiSSA changes the base, and a 4-bit base cannot be changed; set it to true, or load_in_4bit to false"
         yield "adapter.init_lora_weights", remedy
+    if adapter is not None and not adapter.target_modules:
+        yield "adapter.target_modules", "names no module to adapt; set it to all-linear, or leave it out"
     is_text = [(source.format or data.format) == "text" for source in data.train]
     if data.overlong == "split" and not any(is_text):
         yield "data.overlong", "split is for text; set data.format: text, or choose error, drop or truncate"

@@ -314,6 +314,8 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
         kernels=model.kernels,
         attn_implementation=model.attn_implementation,
     )
+    # Every rank started from one seed, so that adapters begin equal; from here on each draws its own dropout.
+    seed_everything(recipe.train.seed + machine.devices.rank)
     if machine.devices.is_main:
         _print_model(recipe, policy, fused, console)
     return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype, base_sha256))

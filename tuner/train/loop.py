@@ -106,7 +106,7 @@ class Loop:
     devices: Devices
     max_grad_norm: float = 1.0
     on_nan: str = "stop"
-    _skips: int = 0  # in a row
+    skips_in_a_row: int = 0  # of steps, with on_nan: skip
 
     def run(self, progress: Progress, after_step: Callable[[Progress, StepReport], bool]) -> Progress:
         """Steps until the plan ends, or until `after_step` returns False."""
@@ -139,7 +139,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            self._skips = 0
+            self.skips_in_a_row = 0
         else:
             self._non_finite(step, mine, sums, norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,9 +179,9 @@ class Loop:
         rows = [f"{sample.source} row {sample.row + 1}" for samples in suspects for sample in samples]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         what = "the loss" if suspects is not mine else f"the gradient (norm {float(norm)})"
-        self._skips += 1
-        if self.on_nan == "stop" or self._skips >= MAX_SKIPS_IN_A_ROW:
-            tail = f" ({self._skips} steps in a row)" if self.on_nan == "skip" else ""
+        self.skips_in_a_row += 1
+        if self.on_nan == "stop" or self.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            tail = f" ({self.skips_in_a_row} steps in a row)" if self.on_nan == "skip" else ""
             raise NonFiniteError(
                 f"step {step + 1}: {what} is not finite{tail}; the weights are those of step {step}. Rows of the step: "
                 f"{shown}. Lower train.learning_rate, or look at these rows"

@@ -236,19 +236,23 @@ class Session:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
     def _publish(self) -> None:
-        if self.run is None or self._saved_step == self.progress.step:
+        if self._saved_step == self.progress.step:
             return
-        rng_tensors, rng = rng_state()
-        self.progress.history["window"] = self.metrics.window()
-        state: dict[str, Any] = {"progress": self.progress.as_dict(), "rng": rng, "plan": self.plan.fingerprint()}
-        tensors = {"weights": {k: p.detach() for k, p in self.trainable().items()}, "rng": rng_tensors}
+        self._saved_step = self.progress.step
+        generators = self.devices.gather(rng_state())  # every rank draws its own dropout
+        if self.run is None:
+            return
+        self.progress.history |= {"window": self.metrics.window(), "skips_in_a_row": self.loop.skips_in_a_row}
+        state: dict[str, Any] = {"progress": self.progress.as_dict(), "plan": self.plan.fingerprint()}
+        tensors = {"weights": {k: p.detach() for k, p in self.trainable().items()}}
+        for rank, (rng_tensors, rng) in enumerate(generators):
+            tensors[f"rng_{rank}"], state[f"rng_{rank}"] = rng_tensors, rng
         if not self.recipe.log.save_weights_only:
             tensors["optimizer"], state["optimizer"] = flatten_state(self.loop.optimizer.state_dict())
         keep = {self.progress.best_step} if self.recipe.eval.load_best and self.progress.best_step else set()
         self.run.publish(
             self.progress.step, tensors, state, save_total_limit=self.recipe.log.save_total_limit, keep=keep
         )
-        self._saved_step = self.progress.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.load()
@@ -261,7 +265,10 @@ class Session:
         self.loop.optimizer.load_state_dict(unflatten_state(tensors["optimizer"], state["optimizer"]))
         self.progress = Progress(**state["progress"])
         self.metrics.restore(self.progress.history.pop("window", []))
-        set_rng_state(tensors["rng"], state["rng"])
+        self.loop.skips_in_a_row = self.progress.history.pop("skips_in_a_row", 0)
+        name = f"rng_{self.devices.rank}"
+        if name in state:  # else the run goes on with more ranks than it was saved with, and theirs start anew
+            set_rng_state(tensors[name], state[name])
         self._saved_step = checkpoint.step
         if self.run:
             self.run.rewind(checkpoint.step)
