@@ -685,3 +685,44 @@ def test_the_source_knows_no_pickle() -> None:
     assert len(sources) == 6
     for source in sources:
         assert not re.search(r"import pickle|torch\.(save|load)\(|allow_pickle", source.read_text()), source
+
+
+# --- a start that is refused or cut short ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_directory_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunDirError, match="train.output_dir: .* cannot be used"):
+        checkpoint.check_output(tmp_path / name, resume=False, overwrite=False, reads={})
+
+
+def test_a_manifest_that_says_too_little_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "manifest.json").write_text('{"tuner_run": 1}')
+    for changes in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(RunDirError, match="no readable manifest.json"):
+            make(tmp_path / "chat", **changes)
+
+
+def test_a_signal_before_training_takes_the_start_back(tmp_path: Path) -> None:
+    path = tmp_path / "chat"
+    with make(path) as run:
+        run.publish(4, tensors_of(4), {})
+    with pytest.raises(KeyboardInterrupt), make(path, overwrite=True):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["chat"]
+    with pytest.raises(KeyboardInterrupt), make(path, resume=True) as run:
+        raise KeyboardInterrupt
+    assert checkpoint.read_manifest(path)["status"] == "interrupted"  # type: ignore[index]
+    with make(path, resume=True) as run:
+        assert_is(run.latest(), 4)
+
+
+def test_a_disk_that_is_full_before_the_first_step_takes_the_start_back(tmp_path: Path) -> None:
+    with pytest.raises(SaveError), make(tmp_path / "chat"):
+        raise SaveError("no room for a checkpoint")
+    assert not (tmp_path / "chat").exists()
+    with pytest.raises(SaveError), make(tmp_path / "chat") as run:
+        run.append_metrics({"step": 1, "loss": 2.0})
+        raise SaveError("no room for a checkpoint")
+    assert (tmp_path / "chat" / "metrics.jsonl").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tuner import cli, environment
 from tuner.errors import Interrupted, NonFiniteError, RunDirError
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
 Tuner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 GOOD = """\
@@ -141,6 +143,11 @@ def call(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         (KeyboardInterrupt(), 130, ""),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory; lower train.microbatch_tokens"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory; lower train.microbatch_tokens"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+            1,
+            "the rank that ended first says",
+        ),
         (MemoryError(), 1, "out of memory; lower train.microbatch_tokens"),
         (OSError(28, "No space left on device", "runs/x"), 1, "No space left on device: runs/x"),
         (KeyError("x"), 1, "KeyError: 'x' (this is a defect of tuner; TUNER_TRACEBACK=1 shows where it happened)"),
@@ -254,3 +261,38 @@ def test_train_merge_and_generate(tuner: Tuner, recipe_file: Path, tmp_path: Pat
         for which in (("--adapter", "run"), ("--model", "run/merged"))
     ]
     assert answers[0] == answers[1] != ""
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_is_one_sentence(tmp_path: Path, signum: int, code: int) -> None:
+    """While torch is imported and data is read, when no run listens yet: a pipe is a data file that never comes."""
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "r.yaml").write_text(
+        GOOD.replace("org/data", "fifo.jsonl").replace("org/name", str(DATA / "tiny-llama"))
+    )
+    command = [sys.executable, "-m", "tuner", "sft", "r.yaml"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+    writer = (tmp_path / "fifo.jsonl").open("w")  # opens once it is read from
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    writer.close()
+    assert process.returncode == code
+    assert said == f"error: stopped by {signal.Signals(signum).name}; what existed before is intact\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo.jsonl", "r.yaml"]
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `nohup tuner ... &` asks for."""
+    seen: list[object] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(cli, "app", lambda: seen.append(signal.getsignal(signal.SIGINT)))
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert seen == [signal.SIG_IGN] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tuner import generate as module
-from tuner.errors import RecipeError
+from tuner.errors import NonFiniteError, RecipeError
 from tuner.generate import generate
 
 # peft 0.21 asks transformers 5.23 under an older name
@@ -166,3 +166,13 @@ def test_settings_out_of_range(lm: LlamaForCausalLM, changes: dict[str, Any], me
 
 def test_no_prompts_no_answers(lm: LlamaForCausalLM) -> None:
     assert run(lm, []) == []
+
+
+def test_broken_weights_answer_nothing() -> None:
+    """The argmax of NaNs is token 0: without a check the answers look like text."""
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    broken = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="logits are NaN"):
+        run(broken)

@@ -103,7 +103,7 @@ def test_target_modules(write: Write, value: str) -> None:
     assert adapter.target_modules == expected[value]
 
 
-# --- trap 115: a typo in any key --------------------------------------------------------------------------------------
+# --- a typo in any key --------------------------------------------------------------------------------------
 
 
 def typos(key: str) -> Iterator[str]:
@@ -206,7 +206,7 @@ def test_the_first_mistake_of_the_file_is_told(write: Write) -> None:
     assert refused(write(text)).startswith("recipes/r.yaml:4: data.train: expected at least one entry")
 
 
-# --- trap 116: YAML 1.2 -----------------------------------------------------------------------------------------------
+# --- YAML 1.2 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -537,3 +537,9 @@ def test_loading_a_recipe_imports_no_torch() -> None:
     code = f"import sys; import tuner.recipe; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_that_can_never_work_are_refused(write: Write) -> None:
+    assert "names no module to adapt" in refused(write(MINIMAL + "adapter: {}\n"), "adapter.target_modules=[]")
+    assert "holds a control character" in refused(write(MINIMAL), 'train.output_dir="a\\nb"')
+    assert "train.threads" in refused(write(MINIMAL), "train.threads=100000")  # torch dies of a segmentation fault

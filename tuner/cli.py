@@ -10,10 +10,12 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -153,7 +155,7 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default: the run's, or 256.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the samples.")] = 0,
     output: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Write the answers here too.", show_default=False)
     ] = None,
@@ -223,7 +225,10 @@ def recipes_copy(
     from tuner.recipe import shipped
 
     file = shipped.shipped_recipe(name)
-    target, written = shipped.copy_out(file, recipes.load(file, find_inputs=False), dest)
+    try:
+        target, written = shipped.copy_out(file, recipes.load(file, find_inputs=False), dest)
+    except OSError as error:
+        raise UserError(f"cannot write to '{dest}': {error.strerror}; give another folder") from None
     for path in written:
         print(f"wrote {path}")
     print(f"{'start with' if written else 'nothing to write; start with'}: tuner sft {target}")
@@ -283,6 +288,8 @@ def _sentence(error: BaseException) -> tuple[str, int]:
     if _out_of_memory(error):
         remedy = "lower train.microbatch_tokens, then data.max_length, or set train.activation_checkpointing: true"
         return f"out of memory; {remedy}", 1
+    if isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl")):
+        return f"rank {os.environ.get('RANK', '?')} lost the others; the rank that ended first says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1
     lines = str(error).strip().splitlines()
@@ -290,13 +297,26 @@ def _sentence(error: BaseException) -> tuple[str, int]:
     return f"{what} (this is a defect of tuner; TUNER_TRACEBACK=1 shows where it happened)", 1
 
 
+class _Stopped(BaseException):
+    """A signal outside training (which has a handler of its own); no Exception, so nobody takes it for an error."""
+
+
+def _stop(signum: int, _: FrameType | None) -> NoReturn:
+    raise _Stopped(signum)
+
+
 def main() -> NoReturn:
     """The command line: one line on stderr for any error, and the exit code that belongs to it."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, _stop)
     try:
         app()
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        code = 130
+    except (_Stopped, KeyboardInterrupt) as error:
+        number = error.args[0] if isinstance(error, _Stopped) else signal.SIGINT
+        print(f"error: stopped by {signal.Signals(number).name}; what existed before is intact", file=sys.stderr)
+        code = 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit says nothing
         code = 1
@@ -307,4 +327,7 @@ def main() -> NoReturn:
         print("error: " + " ".join(message.split()), file=sys.stderr)
     else:  # typer ends every command with SystemExit
         code = 0
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     sys.exit(code)

@@ -16,6 +16,8 @@ TunerError
 
 def first_line(error: BaseException) -> str:
     """What another library said, as part of a sentence: its first line, and the next if that ends in a colon."""
+    if isinstance(error, KeyError):
+        return f"{error} is unknown"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 

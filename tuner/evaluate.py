@@ -6,18 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tuner.data.formats.messages import to_messages
 from tuner.data.render import Renderer
 from tuner.errors import DataError
 from tuner.generate import LanguageModel, generate
 from tuner.recipe import GenerateSection
 from tuner.types import Message
-
-ROLES = ("system", "user", "assistant", "tool")
-SHOWN = 5  # wrong answers kept for people to look at
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class QuestionReport:
     correct: int
     total: int
     stopped: int
-    wrong: tuple[Answer, ...]  # the first few, in the order of the questions
+    wrong: tuple[Answer, ...]  # in the order of the questions
 
     @property
     def exact_match(self) -> float:
@@ -90,22 +87,13 @@ def _question(line: str, place: str) -> Question:
     messages, answer = row["messages"], row["answer"]
     if not isinstance(answer, str) or not answer.strip():
         raise DataError(f"{place}: answer is {answer!r}; it must be a text that is not empty")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: messages is {messages!r}; {wanted}")
-    turns = tuple(_message(m, f"{place}, message {n}") for n, m in enumerate(messages, 1))
+    try:
+        turns = to_messages(messages, "messages")
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
     if turns[-1].role == "assistant":
         raise DataError(f"{place}: the last message is the assistant's; end with the user's and move it to answer")
     return Question(turns, answer)
-
-
-def _message(message: Any, place: str) -> Message:
-    if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-        raise DataError(f"{place}: {message!r} must have exactly role and content")
-    if message["role"] not in ROLES:
-        raise DataError(f"{place}: unknown role {message['role']!r}; known: {', '.join(ROLES)}")
-    if not isinstance(message["content"], str):
-        raise DataError(f"{place}: content is {message['content']!r}; it must be text")
-    return Message(message["role"], message["content"])
 
 
 def answer_questions(
@@ -143,6 +131,4 @@ def answer_questions(
         assert isinstance(text, str)
         answers.append(Answer(question, text, stopped))
     wrong = [a for a in answers if not exact_match(a.text, a.question.answer)]
-    return QuestionReport(
-        len(answers) - len(wrong), len(answers), sum(a.stopped for a in answers), tuple(wrong[:SHOWN])
-    )
+    return QuestionReport(len(answers) - len(wrong), len(answers), sum(a.stopped for a in answers), tuple(wrong))

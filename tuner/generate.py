@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from tuner.errors import RecipeError
+from tuner.errors import NonFiniteError, RecipeError
 
 
 class Wrapper(Protocol):
@@ -50,6 +50,7 @@ def generate(
 
     Raises:
         RecipeError: a setting out of its range, or a prompt that leaves no room in the model's context.
+        NonFiniteError: the logits are NaN.
     """
     base = lm if isinstance(lm, PreTrainedModel) else lm.get_base_model()
     _check(base, prompts, max_new_tokens, temperature, top_k, top_p)
@@ -60,7 +61,12 @@ def generate(
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in chosen], pad_id, base.device)
-            output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            output = base.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_refuse_nan]),
+            )
             for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
                 answers[i] = _until_stop(row, stop_ids)
     return answers
@@ -132,6 +138,13 @@ def _own_rng(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def _refuse_nan(_: Tensor, logits: Tensor) -> Tensor:
+    """Broken weights would otherwise answer fluently: the argmax of NaNs is the first token."""
+    if logits.isnan().any():
+        raise NonFiniteError("the model's logits are NaN, so it can answer nothing; its weights are damaged")
+    return logits
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -391,3 +391,35 @@ def test_a_failed_replacement_keeps_the_old_merge(
         merge(adapter, tmp_path / "out", prompts=PROMPTS, overwrite=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out", "tiny-model"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("adapter_model.safetensors", None, "holds no adapter_model.safetensors"),
+        ("adapter_model.safetensors", b"", "adapter_model.safetensors is truncated or is not a safetensors file"),
+        ("adapter_model.safetensors", b"\x40" + bytes(7) + b"{}", "adapter_model.safetensors is truncated or is not"),
+        ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
+        ("adapter_config.json", b"[]", "adapter_config.json cannot be read"),
+        ("adapter_config.json", b"{}", "is a None adapter"),
+        ("tuner.json", b"{}", "tuner.json cannot be read"),
+    ],
+)
+def test_a_damaged_adapter_is_named(
+    tiny_model_dir: Path, tmp_path: Path, file: str, content: bytes | None, expected: str
+) -> None:
+    adapter = save(trained(tiny_model_dir), tiny_model_dir, tmp_path / "adapter")
+    if content is None:
+        (adapter / file).unlink()
+    else:
+        (adapter / file).write_bytes(content)
+    with pytest.raises(ModelError, match=expected):
+        merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_has_moved_is_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapter = save(trained(tiny_model_dir), tiny_model_dir, tmp_path / "adapter")
+    tiny_model_dir.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="cannot be used .*; say where it is with --base"):
+        merge(adapter, tmp_path / "out")

@@ -57,7 +57,7 @@ def check(recipe_file: Path, output: Path, sessions: list[Session]) -> None:
     with pytest.raises(NonFiniteError, match=r"step (4|5|6): the loss is not finite; the weights are those") as caught:
         sft.run(recipe)
     step = int(str(caught.value).split(":")[0].removeprefix("step "))
-    assert f"chats.jsonl row {BAD_ROW + 1}" in str(caught.value)
+    assert f"chats.jsonl line {BAD_ROW + 1}" in str(caught.value)
     assert caught.value.exit_code == 1
     saved = output / "checkpoints" / f"step-{step - 1:06d}"
     weights = load_file(saved / "weights.safetensors")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tuner.model import fuse as fuse_module
 from tuner.model import quantize
-from tuner.model.fuse import FUSED, fuse
+from tuner.model.fuse import FUSED, FusedLlamaRMSNorm, fuse
 from tuner.model.load import load_base
 from tuner.recipe import ModelSection
 
@@ -230,3 +230,10 @@ def test_mutant_scaling(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fuse_module._LoraLinear, "apply", lambda x, base, a, b, s: original(x, base, a, b, s / 2))
     with pytest.raises(AssertionError):
         assert_same(results(fused), stock)
+
+
+def test_the_backward_of_the_norm_leaves_its_input_alone() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    before = x.detach().clone()
+    FusedLlamaRMSNorm(8)(x).sum().backward()
+    assert torch.equal(x, before)

@@ -109,8 +109,8 @@ def test_a_file_of_prompts_becomes_rows(
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "x"}, "row 0: has none of the keys messages, prompt and text; it has question"),
-        ({"prompt": ""}, "row 0: the prompt is empty"),
+        ({"question": "x"}, "line 1: has none of the keys messages, prompt and text; it has question"),
+        ({"prompt": ""}, "line 1: the prompt is empty"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with the assistant's turn"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}, "leave out --system"),
@@ -177,3 +177,28 @@ def test_model_and_adapter_are_told_apart(run_dir: Path, tiny_model_dir: Path, t
 def test_sampling_settings_without_effect_are_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match="--top-k has no effect at temperature 0"):
         ask(tiny_model_dir, settings={"top_k": 3})
+
+
+def test_odd_arguments_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    nowhere: Any = tmp_path / "nowhere"
+    with pytest.raises(DataError, match="the prompt is not UTF-8 text"):
+        ask(nowhere, "\udcff")
+    with pytest.raises(DataError, match="the prompt is not UTF-8 text"):
+        ask(nowhere, system="\udcff")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunDirError, match="--output: the folder of .* cannot be made"):
+        ask(nowhere, output=tmp_path / "file" / "x" / "answers.jsonl")
+
+
+def test_an_endless_temperature_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match="--temperature: expected a finite number, got inf"):
+        ask(tiny_model_dir, settings={"temperature": float("inf")})
+
+
+@pytest.mark.parametrize("damage", ['{"base": 3}', "{}", "[]", "{"])
+def test_a_damaged_tuner_json_is_named(run_dir: Path, damage: str) -> None:
+    file = run_dir / "adapter" / "tuner.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps(known | {"base": 3}) if "base" in damage else damage)
+    with pytest.raises(ModelError, match="tuner.json cannot be read; the adapter directory is damaged"):
+        ask(None, adapter=run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tuner import cli
 from tuner import recipe as recipes
 from tuner.checkpoint import damage
-from tuner.errors import ModelError, RecipeError, RunDirError
+from tuner.errors import DataError, ModelError, RecipeError, RunDirError
 from tuner.stages import sft
 from tuner.train import session
 
@@ -145,6 +146,61 @@ def text_file(tmp_path: Path) -> Path:
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 40))}) + "\n" for _ in range(12)))
     return file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.load_in_4bit=true"], "trained on a base with quantization none"),
+        (["model.name_or_path={other}"], "trained on another base"),
+    ],
+)
+def test_an_adapter_goes_on_with_its_own_base_only(
+    recipe_file: Path, tmp_path: Path, output: Path, make_model: Any, overrides: list[str], message: str
+) -> None:
+    run(recipe_file, "train.max_steps=1")
+    other = shutil.copytree(recipes.load(recipe_file).model.name_or_path, tmp_path / "other")
+    make_model(seed=5).save_pretrained(other)
+    filled = [text.format(other=other) for text in overrides]
+    going_on = recipe_file.read_text().replace("adapter: {r: 4, lora_alpha: 8}", f"adapter: {{path: {output}}}")
+    recipe_file.write_text(going_on)
+    with pytest.raises(ModelError, match=message):
+        run(recipe_file, f"train.output_dir={tmp_path}/more", *filled)
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_base_that_samples_without_saying_so_is_saved(recipe_file: Path, tiny_model_dir: Path, output: Path) -> None:
+    """Llama 2 ships a temperature without `do_sample`, which transformers reads but refuses to write."""
+    file = tiny_model_dir / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6, "top_p": 0.9}))
+    run(recipe_file, "adapter=null", "train.max_steps=1")
+    saved = json.loads((output / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [4, 1] and saved["do_sample"] is True
+
+
+def test_the_best_of_weights_only_checkpoints_is_the_result(recipe_file: Path, output: Path) -> None:
+    summary = run(
+        recipe_file, "data.eval=0.2", "eval.steps=1", "eval.load_best=true", "log.save_weights_only=true",
+        "train.learning_rate=30", "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.max_steps=6",
+    )  # fmt: skip
+    assert 0 < summary["best_step"] < summary["steps"] and (output / "adapter").is_dir()
+
+
+def test_a_row_longer_than_the_context_is_refused(recipe_file: Path, chats_file: Path, tiny_model_dir: Path) -> None:
+    config = tiny_model_dir / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40}))
+    with pytest.raises(DataError, match=r"chats.jsonl line \d+: \d+ tokens, and the base was made for 40 positions"):
+        run(recipe_file)
+
+
+def test_samples_are_printed_as_they_are(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets in a question or an answer are text, not markup; and as many are shown as were asked for."""
+    questions = tmp_path / "questions.jsonl"
+    row = {"messages": [{"role": "user", "content": "[bold] what [/INST]"}], "answer": "[/x] never said"}
+    questions.write_text((json.dumps(row) + "\n") * 7)
+    run(recipe_file, f"eval.questions={questions}", "eval.samples=6", "generate.max_new_tokens=3", "train.max_steps=1")
+    printed = capsys.readouterr().out
+    assert printed.count("[bold] what [/INST]") == 6 and printed.count("[/x] never said") == 6
 
 
 def test_text_in_batches_of_tokens(recipe_file: Path, text_file: Path, output: Path) -> None:

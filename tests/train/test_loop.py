@@ -153,7 +153,7 @@ def test_a_nan_stops_before_the_weights_and_names_step_and_rows(grad_only: bool)
     progress = Progress()
     with pytest.raises(NonFiniteError, match=rf"step {first + 1}: .*the weights are those of step {first}") as caught:
         loop.run(progress, after)
-    assert "rows.jsonl row 3" in str(caught.value)
+    assert "rows.jsonl line 3" in str(caught.value)
     assert ("the gradient" if grad_only else "the loss") in str(caught.value)
     table = loop.policy.get_parameter("table").detach()
     assert torch.isfinite(table).all() and torch.equal(table, states[-1]) and progress.step == first
@@ -162,7 +162,7 @@ def test_a_nan_stops_before_the_weights_and_names_step_and_rows(grad_only: bool)
 def test_a_nan_names_the_rows_of_its_microbatch_only() -> None:
     samples = chats((4, 4, 4, 4))
     samples[1] = replace(samples[1], trunk=(*samples[1].trunk[:1], span([45, 1, 2, 3], True)))
-    with pytest.raises(NonFiniteError, match=r"Rows of the step: rows.jsonl row 2\. "):
+    with pytest.raises(NonFiniteError, match=r"Rows of the step: rows.jsonl line 2\. "):
         run(loop_of(samples, Bigram(poison=45), microbatch_tokens=5))
 
 

@@ -95,7 +95,7 @@ def test_several_terms_and_skipped_steps_are_listed() -> None:
     log.step(1, report(3.0, 1, losses={"nll": 1.0, "kl": 2.0}))
     log.step(2, report(3.0, 3, losses={"nll": 5.0, "kl": 2.0}, skipped=True))
     (row,) = lines
-    assert (row["nll"], row["kl"], row["loss"], row["skipped_steps"]) == (4.0, 2.0, 6.0, 1)
+    assert (row["nll"], row["kl"], row["loss"], row["skipped_steps"]) == (1.0, 2.0, 3.0, 1)  # of the step that was done
 
 
 def test_an_evaluation_is_a_line_of_its_own() -> None:

@@ -12,7 +12,7 @@ sha256 does not match.
 
 from tuner.checkpoint.files import MANIFEST, check_space, file_entries, publish_directory
 from tuner.checkpoint.manifest import read_manifest
-from tuner.checkpoint.run import METRICS, RECIPE, RunDir
+from tuner.checkpoint.run import METRICS, RECIPE, RunDir, check_output
 from tuner.checkpoint.state import flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.checkpoint.step import Checkpoint, check_result, damage
 
@@ -22,6 +22,7 @@ __all__ = [
     "RECIPE",
     "Checkpoint",
     "RunDir",
+    "check_output",
     "check_result",
     "check_space",
     "damage",

@@ -30,7 +30,10 @@ def read_manifest(run: Path) -> dict[str, Any] | None:
         manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("tuner_run") == RUN_FORMAT else None
+    if not isinstance(manifest, dict) or manifest.get("tuner_run") != RUN_FORMAT:
+        return None
+    whole = isinstance(manifest.get("identity"), dict) and isinstance(manifest.get("status"), str)
+    return manifest if whole else None
 
 
 def redact(text: str) -> str:

@@ -42,7 +42,7 @@ from tuner.checkpoint.manifest import (
     versions,
 )
 from tuner.checkpoint.step import Checkpoint, check_result, damage, refuse_nonfinite, write_checkpoint
-from tuner.errors import Interrupted, RunDirError, SaveError, UserError
+from tuner.errors import Interrupted, RunDirError, SaveError, UserError, first_line
 from tuner.registry import did_you_mean
 
 RECIPE = "recipe.yaml"
@@ -75,6 +75,36 @@ def _asides(path: Path) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.previous-(\d+)")
     found = [(int(m.group(1)), p) for p in path.parent.glob(".*") if (m := pattern.fullmatch(p.name)) and p.is_dir()]
     return [p for _, p in sorted(found)]
+
+
+def check_output(output_dir: Path, *, resume: bool, overwrite: bool, reads: Mapping[str, Any]) -> bool:
+    """Whether a run lies in `output_dir`; changes nothing, and takes no time, so that it can come before everything.
+
+    `reads` is what the run will read, by recipe key. RunDirError: a run may not start, resume or be replaced there.
+    """
+    path = Path(os.path.abspath(output_dir))
+    try:
+        if path.is_symlink():
+            raise RunDirError(f"{output_dir} is a symbolic link; name the directory itself as train.output_dir")
+        if path.exists() and not path.is_dir():
+            raise RunDirError(f"{output_dir} is a file; choose another train.output_dir")
+        occupied = path.is_dir() and any(path.iterdir())
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"train.output_dir: {str(output_dir)!r} cannot be used: {first_line(error)}") from None
+    if occupied and read_manifest(path) is None:
+        raise RunDirError(
+            f"{output_dir} holds files but no readable manifest.json of a tuner run, so it is neither resumed nor "
+            "overwritten; choose another train.output_dir"
+        )
+    if occupied and not (resume or overwrite):
+        raise RunDirError(f"{output_dir} holds a run already; pass --resume to continue it, or --overwrite")
+    for key, value in reads.items() if occupied and overwrite else ():
+        if key == "train.output_dir" or not isinstance(value, str):
+            continue
+        place = Path(os.path.abspath(value))
+        if place.exists() and place.is_relative_to(path):
+            raise RunDirError(f"{key}: {value} lies in {path}, which --overwrite replaces; name another output_dir")
+    return occupied
 
 
 class RunDir:
@@ -120,24 +150,13 @@ class RunDir:
             raise RunDirError("--resume and --overwrite contradict each other: continue the run, or replace it")
         if allow_drift and not resume:
             raise RunDirError("--allow-drift only has a meaning together with --resume")
-        if path.is_symlink():
-            raise RunDirError(f"{output_dir} is a symbolic link; name the directory itself as train.output_dir")
-        if path.exists() and not path.is_dir():
-            raise RunDirError(f"{output_dir} is a file; choose another train.output_dir")
         try:
-            if not path.exists() and _asides(path):
+            if not os.path.lexists(path) and _asides(path):
                 os.rename(_asides(path)[-1], path)  # a crash cut an overwrite short before it began
                 log(f"{output_dir}: brought back the run that an interrupted --overwrite had set aside")
-            occupied = path.is_dir() and any(path.iterdir())
-            if occupied and read_manifest(path) is None:
-                raise RunDirError(
-                    f"{output_dir} holds files but no readable manifest.json of a tuner run, so it is neither resumed "
-                    "nor overwritten; choose another train.output_dir"
-                )
+            occupied = check_output(output_dir, resume=resume, overwrite=overwrite, reads=identity)
             if occupied and resume:
                 return cls._resume(path, recipe_text, redacted(dict(identity)), allow_drift, log)
-            if occupied and not overwrite:
-                raise RunDirError(f"{output_dir} holds a run already; pass --resume to continue it, or --overwrite")
             return cls._start(path, recipe_text, redacted(dict(identity)), occupied, log)
         except OSError as error:
             raise RunDirError(f"{output_dir}: the run directory cannot be made: {error.strerror or error}") from error
@@ -148,8 +167,6 @@ class RunDir:
         old = (read_manifest(path) or {}) if occupied else {}
         number = 1 + max((int(p.name.rpartition("-")[2]) for p in _asides(path)), default=0)
         aside = path.with_name(f".{path.name}.previous-{number}")
-        if occupied:
-            _refuse_self_overwrite(path, identity)
         locks: list[int] = []
         manifest = {
             "tuner_run": RUN_FORMAT,
@@ -235,10 +252,12 @@ class RunDir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if isinstance(error, UserError) and self._undo is not None:
+            stopped = error is not None and not isinstance(error, Exception)  # by a signal, before training began
+            full = isinstance(error, SaveError) and not (self.path / METRICS).exists()  # before the first step
+            if self._undo is not None and (stopped or full or isinstance(error, UserError)):
                 self._undo()  # exit 2 means that nothing has been changed
             elif error is not None and not self.finished:
-                self.record(status="interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed")
+                self.record(status="interrupted" if stopped or isinstance(error, Interrupted) else "failed")
                 for aside in self._replaced():
                     self._log(f"the run that --overwrite set aside is kept in {aside}")
         except SaveError as second:  # the disk is full: the first error is what to tell
@@ -428,16 +447,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # unreadable: cut away
-
-
-def _refuse_self_overwrite(path: Path, identity: Mapping[str, Any]) -> None:
-    """RunDirError when the recipe reads from the very directory that `--overwrite` is about to set aside."""
-    for key, value in identity.items():
-        if key == "train.output_dir" or not isinstance(value, str):
-            continue
-        place = Path(os.path.abspath(value))
-        if place.exists() and place.is_relative_to(path):
-            raise RunDirError(f"{key}: {value} lies in {path}, which --overwrite replaces; name another output_dir")
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ def _sealed(step: int, files: Mapping[str, Any]) -> str:
     return body[:-2] + f',\n "seal": "{seal}"\n}}\n'
 
 
-def damage(checkpoint: Path) -> str | None:
+def damage(checkpoint: Path, *, resumable: bool = True) -> str | None:
     """What is wrong with a checkpoint directory, naming the file; None if it is whole. Sizes first, then hashes."""
     manifest = checkpoint / MANIFEST
     try:
@@ -67,7 +67,7 @@ def damage(checkpoint: Path) -> str | None:
     for name, entry in files.items():
         if actual[name]["sha256"] != entry["sha256"]:
             return f"{checkpoint / name} is corrupted (its sha256 does not match)"
-    if f"{OPTIMIZER}.safetensors" not in files:
+    if resumable and f"{OPTIMIZER}.safetensors" not in files:
         return f"{checkpoint / OPTIMIZER}.safetensors was never saved (weights only)"
     return None
 

@@ -16,7 +16,8 @@ from tuner.data.formats import Detected, detect, parser, unread_columns
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
 from tuner.data.report import DataReport, place
-from tuner.data.source import rows
+from tuner.data.source import content_hash as content_hash_of_source
+from tuner.data.source import local_path, rows
 from tuner.data.templates import Template, resolve_template
 from tuner.errors import DataError
 from tuner.types import Example, Tokens
@@ -102,7 +103,8 @@ def _format(source: DataSource, data: DataSection) -> Detected:
 
 def _render_source(source: DataSource, data: DataSection, renderer: Renderer) -> Iterator[Tokens]:
     detected, report = _format(source, data), renderer.report
-    report.sources.append(f"{source.path}: {detected.name} ({detected.reason})")
+    commit = "" if local_path(source) else f"@{content_hash_of_source(source)}"
+    report.sources.append(f"{source.path}{commit}: {detected.name} ({detected.reason})")
     columns = data.columns if source.columns is None else source.columns
     parse = parser(detected.name, columns)
 

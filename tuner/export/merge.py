@@ -38,7 +38,7 @@ from tuner.model.load import (
     find_checkpoint,
     load_base,
     load_tokenizer,
-    padding_id,
+    set_token_ids,
     weight_files,
 )
 from tuner.recipe import ModelSection
@@ -119,7 +119,7 @@ def merge(
     ids, which = (prompts, "given") if prompts is not None else comparison_prompts(source.run, tokenizer, template)
 
     merged, expected, base_weights = _merged(source, ids)
-    _set_ids(merged, tokenizer, source.meta.stop_ids)
+    set_token_ids(merged, tokenizer, source.meta.stop_ids)
     models = [merged]  # an 8B model in fp32 is 32 GB: it goes before the fresh one comes
     del merged
     report: list[MergeReport] = []
@@ -166,7 +166,10 @@ class Source:
 def _source(directory: Path, run: Path | None, base: str | None) -> Source:
     meta, warnings = _meta(directory)
     section = _section(meta, base)
-    found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
+    try:
+        found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
+    except ModelError as error:
+        raise ModelError(f"the base of {directory} cannot be used ({error}); say where it is with --base") from None
     if found != meta.base_sha256:
         raise ModelError(
             f"{directory} was trained on another base: {section.name_or_path} has sha256 {found[:12]}..., the "
@@ -318,22 +321,6 @@ def _tokenizer(source: Source) -> tuple[PreTrainedTokenizerFast, Template | None
     if template is not None:
         tokenizer.chat_template = template.jinja
     return tokenizer, template
-
-
-def _set_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]) -> None:
-    """The terminators that were trained end generation, also for tools that read config.json alone."""
-    generation: Any = lm.generation_config
-    known = generation.eos_token_id
-    ends = [known] if isinstance(known, int) else list(known or [])
-    if stop_ids:
-        every = list(dict.fromkeys([*stop_ids, *ends]))
-        lm.config.eos_token_id = generation.eos_token_id = every if len(every) > 1 else every[0]
-    pad = padding_id(tokenizer)
-    if pad not in stop_ids:  # a terminator as padding would be masked away by those who train on
-        tokenizer.pad_token_id = lm.config.pad_token_id = generation.pad_token_id = pad
-    sampled = any(v not in (None, 1.0) for v in (generation.temperature, generation.top_p))
-    if sampled and not generation.do_sample:
-        generation.do_sample = True  # Llama 2 ships temperature without sampling, which transformers refuses to save
 
 
 def comparison_prompts(

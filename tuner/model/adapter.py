@@ -75,7 +75,7 @@ def adapter_directory(path: Path) -> Path:
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
 
 
-def check_continues(path: Path, base_sha256: str, load_in_4bit: bool) -> None:
+def check_continues(path: Path, base_sha256: str, quantization: Mapping[str, Any] | None) -> None:
     """Refuses to go on training an adapter on another base, or on the same base quantised otherwise.
 
     Raises:
@@ -89,10 +89,10 @@ def check_continues(path: Path, base_sha256: str, load_in_4bit: bool) -> None:
             f"adapter.path: {path} was trained on another base ({meta.base}, weights {meta.base_sha256[:12]}) than "
             f"model.name_or_path (weights {base_sha256[:12]}); give that base"
         )
-    if (meta.quantization is not None) != load_in_4bit:
-        was = "a 4-bit base" if meta.quantization else "an unquantised base"
+    if meta.quantization != quantization:
         raise ModelError(
-            f"adapter.path: {path} was trained on {was}; set model.load_in_4bit: {str(not load_in_4bit).lower()}"
+            f"adapter.path: {path} was trained on a base with quantization {meta.quantization or 'none'}, and this "
+            f"recipe asks for {quantization or 'none'}; set model.load_in_4bit and model.bnb_4bit_* as they were"
         )
 
 
@@ -223,8 +223,7 @@ def load_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = Fa
     Raises:
         ModelError: no adapter there, a damaged file, or an adapter that does not fit this base.
     """
-    read_peft_config(directory)
-    found = set(saved_keys(directory))
+    found = check_files(directory)
     try:
         model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
     except (SafetensorError, OSError) as error:
@@ -236,6 +235,13 @@ def load_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = Fa
         odd = sorted(expected ^ found)[0]
         raise ModelError(f"the adapter {directory} does not fit this base: '{odd}' is in only one of the two")
     return model
+
+
+def check_files(directory: Path) -> set[str]:
+    """The names of the tensors in an adapter directory. ModelError: it is none, or one of its files is damaged."""
+    read_peft_config(directory)
+    read_meta(directory)
+    return set(saved_keys(directory))
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:

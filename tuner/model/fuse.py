@@ -139,7 +139,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         g = grads[0].float()
-        normed = x.float().mul_(rstd)
+        normed = x.float() * rstd  # not in place: in fp32 x.float() is x
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)

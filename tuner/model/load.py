@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tuner.recipe import ModelSection
 
 FAMILIES = ("llama", "mistral")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_IGNORED = ("consolidated*", "original/*")  # the same weights once more, in another layout
 _FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 
@@ -53,8 +55,15 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
         return Checkpoint(local)
     if local.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"model.name_or_path: '{name_or_path}' is neither a directory nor a Hub id (org/name)")
+    if (organisation := local.parts[0]) and Path(organisation).is_dir():
+        raise ModelError(
+            f"model.name_or_path: '{name_or_path}' could be a Hub id, but there is a folder '{organisation}' here that "
+            f"holds no '{local.parts[1]}'; mend the path, or run from another folder"
+        )
     try:
-        path = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(_FILES)))
+        found = snapshot_download(
+            name_or_path, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_IGNORED)
+        )
     except LocalEntryNotFoundError:
         raise ModelError(
             f"model.name_or_path: '{name_or_path}' is no local directory, it is not in the Hub cache, and the Hub "
@@ -63,7 +72,7 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.name_or_path: the Hub refused '{name_or_path}': {reason}") from None
-    return Checkpoint(path, commit=path.name)
+    return Checkpoint(Path(found), commit=Path(found).name)
 
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -83,7 +92,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """The fast tokenizer of a checkpoint; slow ones are refused, since they can give no exact ids for spans of text."""
     path = find_checkpoint(name_or_path, revision).path
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ModelError(f"{path} holds no tokenizer.json; fetch the checkpoint again, with its tokenizer")
+        raise ModelError(f"{path} holds no tokenizer.json; convert it to a fast tokenizer, or fetch the file again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above
@@ -105,6 +114,22 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if name in known:
             return known[name]
     return int(tokenizer.eos_token_id or 0)
+
+
+def set_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
+    """The terminators that were trained end generation, also for tools that read config.json alone."""
+    generation: Any = lm.generation_config
+    known = generation.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or [])
+    if stop_ids:
+        every = list(dict.fromkeys([*stop_ids, *ends]))
+        lm.config.eos_token_id = generation.eos_token_id = every if len(every) > 1 else every[0]
+    pad = padding_id(tokenizer)
+    if pad not in stop_ids:  # a terminator as padding would be masked away by those who train on
+        tokenizer.pad_token_id = lm.config.pad_token_id = generation.pad_token_id = pad
+    sampled = any(v not in (None, 1.0) for v in (generation.temperature, generation.top_p))
+    if sampled and not generation.do_sample:
+        generation.do_sample = True  # Llama 2 ships temperature without sampling, which transformers refuses to save
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -212,7 +237,7 @@ def load_base(
         raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {first_line(error)}") from None
     lm, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(k) for k in info.get(kind) or ()):
+        if keys := sorted(map(_shown_key, info.get(kind) or ())):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ModelError(f"{checkpoint.path}: {kind.replace('_', ' ')} in the weights: {shown}")
     lm.requires_grad_(trainable)
@@ -222,6 +247,11 @@ def load_base(
 def plan_implementation(requested: str) -> str:
     """`auto` -> `tuner_varlen`; an explicit name as it is."""
     return attention.NAME if requested == "auto" else requested
+
+
+def _shown_key(key: str | tuple[str, torch.Size, torch.Size]) -> str:
+    """A name; one of another shape comes with the shape in the file and the one that config.json asks for."""
+    return key if isinstance(key, str) else f"{key[0]} has {list(key[1])} instead of {list(key[2])}"
 
 
 def _check_readable(file: Path) -> None:

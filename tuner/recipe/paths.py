@@ -1,4 +1,4 @@
-"""A path or Hub id as written in a recipe -> an absolute path that exists, or the Hub id (DESIGN section 4).
+"""A path or Hub id as written in a recipe -> an absolute path that exists, or the Hub id.
 
 Relative to the current directory; if absent there, to the parent of the folder that holds the recipe; absent in both is
 refused naming both. A Hub id is refused when a local folder has the name of its organisation.

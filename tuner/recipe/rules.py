@@ -183,6 +183,8 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
         yield "adapter.init_lora_weights", remedy
     if adapter is not None and not adapter.target_modules:
         yield "adapter.target_modules", "names no module to adapt; set it to all-linear, or leave it out"
+    if not train.output_dir.isprintable():
+        yield "train.output_dir", f"{show(train.output_dir)} holds a control character; give a plain path"
     is_text = [(source.format or data.format) == "text" for source in data.train]
     if data.overlong == "split" and not any(is_text):
         yield "data.overlong", "split is for text; set data.format: text, or choose error, drop or truncate"

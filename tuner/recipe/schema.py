@@ -178,7 +178,9 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a non-finite loss or gradient: stop, or skip.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of order, initialisation and dropout.")
-    threads: Literal["auto"] | Count = Field("auto", description="CPU threads a process.")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto", description="CPU threads a process."
+    )
 
 
 class EvalSection(Section):

@@ -19,11 +19,12 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
 from tuner import recipe as recipes
-from tuner.checkpoint import RECIPE, Checkpoint, RunDir, file_entries
+from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entries
 from tuner.data.render import Renderer
+from tuner.data.report import place
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
 from tuner.data.templates import Template, control_ids, fingerprint
-from tuner.errors import RecipeError, TunerError
+from tuner.errors import DataError, RecipeError, TunerError
 from tuner.evaluate import Question, read_questions
 from tuner.model.adapter import (
     AdapterMeta,
@@ -31,6 +32,7 @@ from tuner.model.adapter import (
     adapter_directory,
     attach,
     check_continues,
+    check_files,
     check_trained_tokens,
     is_adapted,
     matched_modules,
@@ -40,16 +42,18 @@ from tuner.model.fuse import fuse
 from tuner.model.load import (
     DTYPES,
     base_fingerprint,
+    check_checkpoint,
     find_checkpoint,
     load_base,
     load_config,
     load_tokenizer,
-    padding_id,
     plan_implementation,
     resolve_dtype,
+    set_token_ids,
 )
 from tuner.model.policy import Policy
 from tuner.recipe import Recipe
+from tuner.train.metrics import tracker_classes
 from tuner.train.setup import (
     Devices,
     find_devices,
@@ -60,8 +64,13 @@ from tuner.train.setup import (
 )
 
 AUTOMATIC = (
-    "model.dtype", "model.attn_implementation", "model.kernels", "train.microbatch_tokens", "train.threads",
-)  # fmt: skip
+    "model.revision",
+    "model.dtype",
+    "model.attn_implementation",
+    "model.kernels",
+    "train.microbatch_tokens",
+    "train.threads",
+)
 
 # A run may be moved together with its files: these are compared by the hashes of what they name.
 KNOWN_BY_CONTENT = (
@@ -93,13 +102,15 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
     if resume and stored.is_file():
         before = recipes.flatten(recipes.load(stored, find_inputs=False))
         recipe = recipes.resolved(
-            recipe, {k: before[k] for k in AUTOMATIC if given.get(k) == "auto" and before.get(k) is not None}
+            recipe, {k: before[k] for k in AUTOMATIC if given.get(k) in ("auto", None) and before.get(k) is not None}
         )
     model, train = recipe.model, recipe.train
+    commit = find_checkpoint(model.name_or_path, model.revision).commit
     threads = resolve_threads(train.threads, devices.world_size)
     recipe = recipes.resolved(
         recipe,
         {
+            **({} if commit is None else {"model.revision": commit}),  # asked once; a branch may move meanwhile
             "model.dtype": str(resolve_dtype(model.dtype, devices.device)).removeprefix("torch."),
             "model.attn_implementation": plan_implementation(model.attn_implementation),
             "model.kernels": kernels.resolve_backend(model.kernels),
@@ -119,6 +130,44 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         keep_freed_memory()
     seed_everything(train.seed)
     return Machine(recipe, devices)
+
+
+def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
+    """Refuses at once what would otherwise be refused only after the data is tokenised and the weights are hashed.
+
+    Raises:
+        RunDirError: a run may not start in train.output_dir.
+        ModelError, RecipeError: the checkpoint or the adapter to go on with cannot be used, or a tracker is not there.
+
+    The main rank looks, and all ranks end for the same reason.
+    """
+    found: list[TunerError | None] = [None]
+    if devices.is_main:
+        try:
+            check_output(Path(recipe.train.output_dir), resume=resume, overwrite=overwrite, reads=_reads(recipe))
+            tracker_classes(recipe.log.report_to)
+            check_checkpoint(recipe.model)
+            if recipe.adapter is not None and recipe.adapter.path is not None:
+                check_files(adapter_directory(Path(recipe.adapter.path)))
+        except TunerError as error:
+            found = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise found[0]
+
+
+def _reads(recipe: Recipe) -> dict[str, str]:
+    """What the run reads, by recipe key: paths, and Hub ids."""
+    reads = {"model.name_or_path": recipe.model.name_or_path}
+    reads |= {f"data.train[{i}]": source.path for i, source in enumerate(recipe.data.train)}
+    if isinstance(recipe.data.eval, tuple):
+        reads |= {f"data.eval[{i}]": source.path for i, source in enumerate(recipe.data.eval)}
+    if recipe.eval.questions is not None:
+        reads["eval.questions"] = recipe.eval.questions
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        reads["adapter.path"] = recipe.adapter.path
+    return reads
 
 
 # --- data ---
@@ -184,7 +233,7 @@ def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
 def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     def say(label: str, lines: Sequence[str]) -> None:
         for i, line in enumerate(lines):
-            console.print(f"{label if i == 0 else '':<9}{line}", highlight=False, markup=False)
+            console.print(f"{label if i == 0 else '':<9}{line}")
 
     say("data", found.train.report.lines())
     if found.held_out:
@@ -217,6 +266,16 @@ class Opened:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _identity(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
+    """What a resumed run must find unchanged: keys of the recipe, and hashes of what it reads."""
+    keys = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT}
+    identity = keys | data.identity() | {"model (weights)": base_sha256}
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        start = adapter_directory(Path(recipe.adapter.path))
+        identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
+    return identity
+
+
 @contextmanager
 def open_run(
     recipe: Recipe,
@@ -231,14 +290,10 @@ def open_run(
     if not machine.devices.is_main:
         yield _hear()
         return
-    identity = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT} | data.identity()
-    base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
-    identity["model (weights)"] = base_sha256
-    if recipe.adapter is not None and recipe.adapter.path is not None:
-        start = adapter_directory(Path(recipe.adapter.path))
-        identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
     with ExitStack() as stack:
         try:
+            base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
+            identity = _identity(recipe, data, base_sha256)
             run = RunDir.create(
                 Path(recipe.train.output_dir),
                 recipes.dump(recipe),
@@ -246,7 +301,7 @@ def open_run(
                 resume=resume,
                 overwrite=overwrite,
                 allow_drift=allow_drift,
-                log=lambda line: console.print(line, highlight=False, markup=False),
+                log=lambda line: console.print(line),
             )
             stack.enter_context(run)
             checkpoint = run.latest() if resume and not run.finished else None
@@ -259,7 +314,7 @@ def open_run(
             reports = {"train": data.train.report.as_dict()}
             if data.held_out:
                 reports["eval"] = data.held_out.report.as_dict()
-            run.record(data=reports, commit=find_checkpoint(recipe.model.name_or_path, recipe.model.revision).commit)
+            run.record(data=reports, commit=recipe.model.revision)
         yield opened
 
 
@@ -298,13 +353,14 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     stored = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype
     stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     if recipe.adapter is not None and recipe.adapter.path is not None:
-        check_continues(Path(recipe.adapter.path), base_sha256, model.load_in_4bit)
+        check_continues(Path(recipe.adapter.path), base_sha256, _quantization(recipe))
     lm: LanguageModel = base if recipe.adapter is None else attach(base, recipe.adapter)
     if data.template is not None:
         ids = control_ids(data.tokenizer)
         saved = recipe.adapter.modules_to_save if recipe.adapter else ()
         used = {ids[name]: name for name in data.template.control}
         check_trained_tokens(base, used, trained=full or "embed_tokens" in saved)
+    _check_context(base.config.max_position_embeddings, data)
     if recipe.train.activation_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     fused = fuse(lm)
@@ -319,6 +375,16 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     if machine.devices.is_main:
         _print_model(recipe, policy, fused, console)
     return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype, base_sha256))
+
+
+def _check_context(positions: int, data: Data) -> None:
+    """Refuses samples longer than the positions that the base was made for."""
+    for sample in (*data.train.tokens, *(data.held_out.tokens if data.held_out else ())):
+        if len(sample) > positions:
+            raise DataError(
+                f"{place(sample.source, sample.row)}: {len(sample):,} tokens, and the base was made for {positions:,} "
+                f"positions; set data.max_length: {positions} and say with data.overlong what happens to longer rows"
+            )
 
 
 def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
@@ -337,8 +403,8 @@ def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], conso
         if os.path.isdir(recipe.model.name_or_path)
         else recipe.model.name_or_path
     )
-    console.print(f"model    {name}, {total:,} parameters, computed in {recipe.model.dtype}", highlight=False)
-    console.print(f"         {how}", highlight=False)
+    console.print(f"model    {name}, {total:,} parameters, computed in {recipe.model.dtype}")
+    console.print(f"         {how}")
 
 
 def _save_result(
@@ -354,8 +420,7 @@ def _save_result(
         if is_adapted(lm):
             save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids, base_sha256))
         else:
-            lm.generation_config.eos_token_id = list(stop_ids)
-            lm.generation_config.pad_token_id = padding_id(tokenizer)
+            set_token_ids(lm, tokenizer, stop_ids)
             lm.save_pretrained(directory, state_dict=_stored(lm, stored_dtype))
             lm.config.dtype = stored_dtype  # save_pretrained has written the dtype that trained
             lm.config.save_pretrained(directory)
@@ -375,20 +440,25 @@ def _stored(lm: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
 
 
+def _quantization(recipe: Recipe) -> dict[str, Any] | None:
+    """How the frozen base is quantised, as `tuner.json` keeps it."""
+    model = recipe.model
+    if not model.load_in_4bit:
+        return None
+    return {
+        "type": model.bnb_4bit_quant_type,
+        "double_quant": model.bnb_4bit_use_double_quant,
+        "compute_dtype": model.dtype,
+    }
+
+
 def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int], base_sha256: str) -> AdapterMeta:
     model = recipe.model
-    quantization = None
-    if model.load_in_4bit:
-        quantization = {
-            "type": model.bnb_4bit_quant_type,
-            "double_quant": model.bnb_4bit_use_double_quant,
-            "compute_dtype": model.dtype,
-        }
     return AdapterMeta(
         base=model.name_or_path,
-        revision=find_checkpoint(model.name_or_path, model.revision).commit,
+        revision=model.revision,
         base_sha256=base_sha256,
-        quantization=quantization,
+        quantization=_quantization(recipe),
         chat_template=data.template.name if data.template else "none",
         stop_ids=tuple(stop_ids),
     )

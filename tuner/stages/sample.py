@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tuner import recipe as recipes
 from tuner.data import source
 from tuner.data.formats.messages import to_messages
 from tuner.data.render import Renderer
+from tuner.data.report import place
 from tuner.data.templates import resolve_template
 from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
@@ -78,6 +80,11 @@ def run(
     """
     if output is not None and output.exists():
         raise RunDirError(f"'{output}' exists; give another --output, or move it away")
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(f"--output: the folder of '{output}' cannot be made: {error.strerror}") from None
     prompts = (
         read_prompts(file, system, raw) if file is not None else [_with_system((_said(prompt, raw),), system, raw)]
     )
@@ -114,7 +121,7 @@ def read_prompts(file: Path, system: str | None, raw: bool) -> list[tuple[Messag
         try:
             prompts.append(_with_system(_prompt(row, raw), system, raw))
         except DataError as error:
-            raise DataError(f"{file}, row {index}: {error}") from None
+            raise DataError(f"{place(str(file), index)}: {error}") from None
     return prompts
 
 
@@ -135,7 +142,14 @@ def _prompt(row: Mapping[str, Any], raw: bool) -> tuple[Message, ...]:
 def _said(text: str | None, raw: bool) -> Message:
     if not text:
         raise DataError("the prompt is empty")
+    _refuse_surrogates(text)
     return Message("text" if raw else "user", text)
+
+
+def _refuse_surrogates(text: str) -> None:
+    """Bytes of the command line that are no UTF-8 reach Python as halves of surrogate pairs."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError("the prompt is not UTF-8 text")
 
 
 def _with_system(messages: tuple[Message, ...], system: str | None, raw: bool) -> tuple[Message, ...]:
@@ -143,6 +157,7 @@ def _with_system(messages: tuple[Message, ...], system: str | None, raw: bool) -
         return messages
     if raw:
         raise UserError("--system has no effect with --raw; leave one of them out")
+    _refuse_surrogates(system)
     if messages[0].role == "system":
         raise DataError("has a system message of its own; leave out --system")
     return (Message("system", system), *messages)
@@ -214,6 +229,8 @@ def _run_settings(run_dir: Path) -> GenerateSection:
 
 def _settings(own: GenerateSection, given: Mapping[str, Any]) -> GenerateSection:
     merged = own.model_dump() | dict(given)
+    if not math.isfinite(merged["temperature"]):
+        raise UserError(f"--temperature: expected a finite number, got {merged['temperature']}")
     if merged["temperature"] == 0:
         for key in ("top_k", "top_p"):
             if given.get(key) is not None:
@@ -254,7 +271,6 @@ def _answer(
 def _write(answers: Sequence[Answer], *, as_rows: bool, output: Path | None) -> None:
     rows = [json.dumps(answer.row(), ensure_ascii=False) for answer in answers]
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("x", encoding="utf-8") as stream:
             stream.writelines(row + "\n" for row in rows)
     for answer, row in zip(answers, rows, strict=True):

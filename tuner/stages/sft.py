@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tuner.data.pack import weight_sum
 from tuner.losses import language
-from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.train.session import Session
@@ -47,9 +46,10 @@ def run(
         RunError, Interrupted: the run ended early; its last checkpoint is intact.
     """
     machine = prepare.machine(recipe, resume=resume)
-    console = Console(soft_wrap=True, quiet=not machine.devices.is_main)
-    recipe, console.quiet = machine.recipe, not machine.devices.is_main
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
+    recipe = machine.recipe
     stage = SFT(language.resolve(recipe.loss.type, recipe.loss.parameters))
+    prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
     data = prepare.data(recipe, machine.devices, console)
     if dry_run:
         return prepare.report_dry_run(data, console)
@@ -75,17 +75,15 @@ def run(
         )
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
-        report(recipe, summary, base.policy, console)
+        report(recipe, summary, console)
     return summary
 
 
-def report(recipe: Recipe, summary: dict[str, Any], policy: Policy, console: Console) -> None:
+def report(recipe: Recipe, summary: dict[str, Any], console: Console) -> None:
     """The last lines a user reads: where the result lies and what to do with it."""
     directory = Path(recipe.train.output_dir)
-    console.print(f"saved    {directory / summary['result']}", highlight=False)
+    console.print(f"saved    {directory / summary['result']}")
     if recipe.adapter is not None:
-        console.print(f"next     tuner merge --adapter {directory}", highlight=False)
+        console.print(f"next     tuner merge --adapter {directory}")
     else:
-        console.print(
-            f"next     tuner generate --model {directory / summary['result']} --prompt '...'", highlight=False
-        )
+        console.print(f"next     tuner generate --model {directory / summary['result']} --prompt '...'")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.pack import pack
+from tuner.data.report import place
 from tuner.data.stream import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
 from tuner.train.optim import clip
@@ -114,7 +115,7 @@ class Loop:
             report = self.step(progress.step)
             progress.step += 1
             progress.tokens += report.tokens
-            progress.trained_tokens += report.trained_tokens
+            progress.trained_tokens += 0.0 if report.skipped else report.trained_tokens
             progress.skipped_steps += report.skipped
             if not after_step(progress, report):
                 break
@@ -176,7 +177,7 @@ class Loop:
     def _non_finite(self, step: int, mine: Sequence[Sequence[Tokens]], sums: Sequence[Tensor], norm: Tensor) -> None:
         """Names the step and the rows; raises unless `on_nan: skip` still has patience."""
         suspects = [samples for samples, s in zip(mine, sums, strict=True) if not torch.isfinite(s).all()] or mine
-        rows = [f"{sample.source} row {sample.row + 1}" for samples in suspects for sample in samples]
+        rows = [place(sample.source, sample.row) for samples in suspects for sample in samples]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         what = "the loss" if suspects is not mine else f"the gradient (norm {float(norm)})"
         self.skips_in_a_row += 1

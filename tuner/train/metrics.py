@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -27,21 +28,26 @@ def start_trackers(names: Sequence[str], run_name: str, directory: str, config: 
     Raises:
         RecipeError: an unknown name, or a library that is not installed.
     """
+    trackers = []
+    for kind in tracker_classes(names):
+        tracker = kind(run_name, logging_dir=directory) if kind.requires_logging_directory else kind(run_name)
+        tracker.start()
+        tracker.store_init_configuration({k: v for k, v in config.items() if isinstance(v, (str, int, float, bool))})
+        trackers.append(tracker)
+    return trackers
+
+
+def tracker_classes(names: Sequence[str]) -> list[type[GeneralTracker]]:
+    """The class of each tracker. RecipeError: an unknown name, or a library that is not installed."""
     available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     classes = {str(getattr(k, "value", k)): v for k, v in LOGGER_TYPE_TO_CLASS.items()}
-    trackers = []
     for name in names:
         if name not in classes:
             known = ", ".join(sorted(classes))
             raise RecipeError(f"log.report_to: unknown tracker '{name}'{did_you_mean(name, classes)}; known: {known}")
         if name not in available:
             raise RecipeError(f"log.report_to: the library of '{name}' is not installed; pip install {name}")
-        kind = classes[name]
-        tracker = kind(run_name, logging_dir=directory) if kind.requires_logging_directory else kind(run_name)
-        tracker.start()
-        tracker.store_init_configuration({k: v for k, v in config.items() if isinstance(v, (str, int, float, bool))})
-        trackers.append(tracker)
-    return trackers
+    return [classes[name] for name in names]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -107,7 +113,6 @@ class Metrics:
             self._console.print(
                 f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
                 f"lr {report.learning_rate:.2e}  {speed:,.0f} tok/s  ETA {left:.0f} s",
-                highlight=False,
             )
         if step % self._every == 0 or step == self._num_steps:
             self._write(step)
@@ -127,12 +132,13 @@ class Metrics:
 
     def _write(self, step: int) -> None:
         window, self._window = self._window, []
-        trained = sum(r.trained_tokens for r in window)
+        done = [r for r in window if not r.skipped]
+        trained = sum(r.trained_tokens for r in done)
         seconds = sum(r.seconds for r in window)
-        names = window[0].losses
-        losses = {
-            name: sum(r.losses[name] * r.trained_tokens for r in window) / trained for name in names
-        }  # weighted, so that it does not depend on how often a line is written
+        losses = {  # weighted, so that they do not depend on how often a line is written
+            name: sum(r.losses[name] * r.trained_tokens for r in done) / trained if done else math.nan
+            for name in window[0].losses
+        }
         values: dict[str, Any] = {
             "loss": sum(losses.values()),
             **({} if len(losses) == 1 else losses),

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tuner import recipe as recipes
 from tuner.checkpoint import Checkpoint, RunDir, damage, flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
@@ -84,9 +85,8 @@ class Session:
             self.recipe.log.report_to if self.devices.is_main else (),
             Path(self.recipe.train.output_dir).name,
             self.recipe.train.output_dir,
-            {k: v for section in self.recipe.model_dump(mode="json").values() if isinstance(section, dict)
-             for k, v in section.items()},
-        )  # fmt: skip
+            recipes.flatten(self.recipe),
+        )
         self.metrics = Metrics(
             append=self.run.append_metrics if self.run else lambda row: None,
             trackers=trackers,
@@ -183,21 +183,28 @@ class Session:
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
-            self.console.print(f"{when:<9}{'; '.join(parts)}", highlight=False)
+            self.console.print(f"{when:<9}{'; '.join(parts)}")
             self.metrics.note(self.progress.step, values)
         return values
 
     def _ask(self) -> QuestionReport:
-        with self.policy.generation_mode() as lm:
-            return answer_questions(
-                lm,
-                self.renderer,
-                self.tokenizer,
-                self.questions,
-                settings=GREEDY.model_copy(update={"max_new_tokens": self.recipe.generate.max_new_tokens}),
-                pad_id=padding_id(self.tokenizer),
-                seed=self.recipe.train.seed,
-            )
+        """Every rank answers its share, and all learn how many of all were right; `wrong` is of this rank's share."""
+        mine, devices = self.questions[self.devices.rank :: self.devices.world_size], self.devices
+        report = QuestionReport(0, 0, 0, ())
+        if mine:
+            with self.policy.generation_mode() as lm:
+                report = answer_questions(
+                    lm,
+                    self.renderer,
+                    self.tokenizer,
+                    mine,
+                    settings=GREEDY.model_copy(update={"max_new_tokens": self.recipe.generate.max_new_tokens}),
+                    pad_id=padding_id(self.tokenizer),
+                    seed=self.recipe.train.seed,
+                )
+        counts = torch.tensor([report.correct, report.total, report.stopped], device=devices.device)
+        correct, total, stopped = (int(count) for count in devices.sum(counts).tolist())
+        return QuestionReport(correct, total, stopped, report.wrong)
 
     def _judge(self, values: dict[str, float]) -> None:
         """Notes whether this is the best evaluation so far."""
@@ -272,13 +279,17 @@ class Session:
         self._saved_step = checkpoint.step
         if self.run:
             self.run.rewind(checkpoint.step)
-        self.console.print(f"resumed  from step {checkpoint.step} of {self.plan.num_steps}", highlight=False)
+        self.console.print(f"resumed  from step {checkpoint.step} of {self.plan.num_steps}")
 
     def _load_weights(self, weights: dict[str, Tensor], place: Path) -> None:
         own = self.trainable()
         if own.keys() != weights.keys():
             odd = sorted(own.keys() ^ weights.keys())[0]
             raise RunDirError(f"{place} does not fit this model: '{odd}' is in only one of the two")
+        for name, parameter in own.items():
+            if parameter.shape != weights[name].shape:
+                shapes = f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
+                raise RunDirError(f"{place} does not fit this model: '{name}' is {shapes}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
@@ -287,7 +298,7 @@ class Session:
         best = self.progress.best_step
         path = Path(self.recipe.train.output_dir).absolute() / "checkpoints" / f"step-{best:06d}"
         self._publish()  # the last step stays resumable
-        if problem := damage(path):
+        if problem := damage(path, resumable=False):
             raise RunDirError(f"eval.load_best: the checkpoint of step {best} cannot be loaded: {problem}")
         tensors, _ = Checkpoint(path, best).load()
         self._load_weights(tensors["weights"], path)

@@ -66,13 +66,20 @@ def find_devices() -> Devices:
     return Devices(state.device, state.process_index, state.num_processes)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def resolve_threads(threads: str | int, world_size: int) -> int:
     """`auto` -> the cores this process may use, shared fairly among the ranks of this machine."""
     if threads != "auto":
         return int(threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    limit = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)) // max(1, local)
-    return max(1, limit)
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # it may list a number for each level
+    return int(asked) if asked.isdigit() and int(asked) else max(1, usable_cores() // max(1, local))
 
 
 def resolve_microbatch(tokens: str | int, device: torch.device, max_length: int) -> int:
@@ -107,7 +114,7 @@ def wrap(policy: nn.Module, devices: Devices) -> nn.Module:
     if devices.world_size == 1:
         return policy
     ids = [devices.device.index] if devices.device.type == "cuda" else None
-    return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(policy, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def no_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]:
