@@ -283,15 +283,20 @@ def model_config(tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
+def generation_config(config: LlamaConfig) -> GenerationConfig:
+    """The control tokens that generation needs, as the model's own configuration names them."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
 def save_random_model(tokenizer: Tokenizer, directory: Path, seed: int) -> None:
     """A model that knows nothing yet, beside its tokenizer: where pretraining starts."""
     directory.mkdir(parents=True)
     config = model_config(tokenizer)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
+    model.generation_config = generation_config(config)
     model.save_pretrained(directory)
     save_tokenizer(tokenizer, directory, config.max_position_embeddings)
 
@@ -326,11 +331,13 @@ def finish(pretrained: Path, tokenizer: Tokenizer, texts: Sequence[str], output:
         output / "model.safetensors",
         metadata={"format": "pt"},
     )
-    config = json.loads((pretrained / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copy(pretrained / "generation_config.json", output)
-    save_tokenizer(tokenizer, output, config["max_position_embeddings"])
+    config = model_config(tokenizer)
+    generation_config(config).save_pretrained(output)
+    fields = json.loads((pretrained / "config.json").read_text())
+    # Where transformers 4 and other tools look for it; transformers 5 reads `rope_parameters`.
+    fields |= {"dtype": "bfloat16", "rope_theta": config.rope_parameters["rope_theta"]}
+    (output / "config.json").write_text(json.dumps(dict(sorted(fields.items())), indent=2) + "\n")
+    save_tokenizer(tokenizer, output, config.max_position_embeddings)
 
 
 # --- main ---

@@ -397,8 +397,8 @@ def test_a_failed_replacement_keeps_the_old_merge(
     ("file", "content", "expected"),
     [
         ("adapter_model.safetensors", None, "holds no adapter_model.safetensors"),
-        ("adapter_model.safetensors", b"", "adapter_model.safetensors is truncated or is not a safetensors file"),
-        ("adapter_model.safetensors", b"\x40" + bytes(7) + b"{}", "adapter_model.safetensors is truncated or is not"),
+        ("adapter_model.safetensors", b"", "adapter_model.safetensors cannot be read"),
+        ("adapter_model.safetensors", b"\x40" + bytes(7) + b"{}", "adapter_model.safetensors cannot be read"),
         ("adapter_config.json", b"{", "adapter_config.json cannot be read"),
         ("adapter_config.json", b"[]", "adapter_config.json cannot be read"),
         ("adapter_config.json", b"{}", "is a None adapter"),

@@ -268,7 +268,7 @@ def saved_keys(directory: Path) -> list[str]:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is truncated or is not a safetensors file: {first_line(error)}") from None
+        raise ModelError(f"{file} cannot be read: {first_line(error)}; the adapter directory is damaged") from None
 
 
 def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: bool) -> None:

@@ -182,6 +182,7 @@ class Loop:
         what = "the loss" if suspects is not mine else f"the gradient (norm {float(norm)})"
         self.skips_in_a_row += 1
         if self.on_nan == "stop" or self.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            shown = shown or "those of another rank"
             tail = f" ({self.skips_in_a_row} steps in a row)" if self.on_nan == "skip" else ""
             raise NonFiniteError(
                 f"step {step + 1}: {what} is not finite{tail}; the weights are those of step {step}. Rows of the step: "
