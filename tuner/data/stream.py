@@ -276,7 +276,10 @@ class Plan:
 
     def _count_steps(self, num_epochs: float) -> int:
         part, whole = math.modf(num_epochs)
-        steps = sum(self._steps_of(epoch) for epoch in range(int(whole)))
+        if self.batch_unit == "examples":
+            steps = int(whole) * self.steps_per_epoch  # every epoch has as many
+        else:
+            steps = sum(self._steps_of(epoch) for epoch in range(int(whole)))
         # a hair less than the product, so that 0.1 x 30 is 3 steps and not 4
         return max(1, steps + (math.ceil(part * self._steps_of(int(whole)) - 1e-9) if part else 0))
 

@@ -231,9 +231,11 @@ def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
 
 
 def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
+    here = f"{Path.cwd()}{os.sep}"
+
     def say(label: str, lines: Sequence[str]) -> None:
         for i, line in enumerate(lines):
-            console.print(f"{label if i == 0 else '':<9}{line}")
+            console.print(f"{label if i == 0 else '':<9}{line.replace(here, '')}")
 
     say("data", found.train.report.lines())
     if found.held_out:
