@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tuner.types import Batch, Segment, Span, Tokens
+from tuner.types import Batch, Segment, Span, Tokens, span
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -92,11 +92,12 @@ def weight_sum(sample: Tokens) -> float:
     return total
 
 
-def pack(samples: Sequence[Tokens]) -> Batch:
+def pack(samples: Sequence[Tokens], multiple: int = 1) -> Batch:
     """Lays the samples one after another in a flat row, each branch after its trunk.
 
     Every document starts at position 0 and sees itself alone; a branch continues the positions of its trunk and sees
-    the trunk and itself. An empty list gives an empty batch.
+    the trunk and itself. An empty list gives an empty batch. With `multiple` the row is filled up to a multiple of it
+    by one more document, of which nothing is predicted and which none of the others sees.
     """
     row = _Row()
     for doc, sample in enumerate(samples):
@@ -105,6 +106,8 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         trunk = (start, row.length)
         for branch, spans in enumerate(sample.branches, start=1):
             row.add(spans, doc=doc, branch=branch, trunk=trunk)
+    if filler := -row.length % multiple:
+        row.add([span([0] * filler, False)], doc=len(samples), branch=0, trunk=(row.length, row.length))
 
     def long(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)

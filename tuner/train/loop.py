@@ -26,6 +26,8 @@ from tuner.train.setup import Devices, no_sync
 from tuner.types import Batch, Tokens
 
 MAX_SKIPS_IN_A_ROW = 10
+# On CPU the matmul library compiles and keeps a kernel for every size that it meets, so sizes had better recur.
+ROW_MULTIPLE = {"cpu": 64, "cuda": 1}
 Sums = Mapping[str, Tensor]
 
 
@@ -156,7 +158,7 @@ class Loop:
 
     def _accumulate(self, samples: Sequence[Tokens], denominators: Mapping[str, float], *, weightless: bool) -> Tensor:
         """Adds the gradient of one microbatch; returns its sums `[terms]` in the order of `denominators`."""
-        batch = pack(samples).to(self.devices.device)
+        batch = pack(samples, ROW_MULTIPLE[self.devices.device.type]).to(self.devices.device)
         try:
             sums = self.stage.losses(self.module, batch)
             terms = [sums[name] / denominators[name] for name in denominators]
@@ -212,7 +214,9 @@ def evaluate_loss(
             for ids in microbatches[devices.rank :: devices.world_size]:
                 if given_up := not keep_going():
                     break
-                sums = stage.losses(policy, pack([samples[i] for i in ids]).to(devices.device))
+                sums = stage.losses(
+                    policy, pack([samples[i] for i in ids], ROW_MULTIPLE[devices.device.type]).to(devices.device)
+                )
                 total += torch.stack([sums[name] for name in denominators]).double()
     finally:
         policy.train(was_training)

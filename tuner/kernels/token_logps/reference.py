@@ -14,18 +14,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A chunk of logits in fp32 should stay near the L2/L3 caches on CPU and fill the device on GPU.
 CHUNK_BYTES_CPU = 16 * 2**20
 CHUNK_BYTES_CUDA = 1024 * 2**20
-MIN_CHUNK_ROWS = 32
+ROW_MULTIPLE = 64  # on CPU the matmul library compiles and keeps a kernel for every size that it meets
 
 
 def chunk_rows(weight: Tensor) -> int:
     """Predictions scored at once, so that their fp32 logits take about CHUNK_BYTES."""
     budget = CHUNK_BYTES_CPU if weight.device.type == "cpu" else CHUNK_BYTES_CUDA
-    return max(MIN_CHUNK_ROWS, budget // (4 * weight.shape[0]))
+    return max(1, budget // (4 * weight.shape[0]) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,9 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         `[M]` float32, natural logarithms.
     """
+    count = hidden.shape[0]
+    if hidden.device.type == "cpu" and (filler := -count % ROW_MULTIPLE):
+        hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
     if weight.requires_grad and torch.is_grad_enabled():
-        return _TrainableHead.apply(hidden, weight, targets)
-    return _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), targets)
+        return _TrainableHead.apply(hidden, weight, targets)[:count]
+    return _FrozenHead.apply(hidden, weight.detach().to(hidden.dtype), targets)[:count]
