@@ -57,7 +57,6 @@ from tuner.train.metrics import tracker_classes
 from tuner.train.setup import (
     Devices,
     find_devices,
-    keep_freed_memory,
     resolve_microbatch,
     resolve_threads,
     seed_everything,
@@ -126,8 +125,6 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
             "model.dtype: bfloat16, or train.param_dtype: float32"
         )
     torch.set_num_threads(threads)
-    if devices.device.type == "cpu":
-        keep_freed_memory()
     seed_everything(train.seed)
     return Machine(recipe, devices)
 

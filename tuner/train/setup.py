@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
@@ -85,21 +83,6 @@ def resolve_threads(threads: str | int, world_size: int) -> int:
 def resolve_microbatch(tokens: str | int, device: torch.device, max_length: int) -> int:
     """`auto` -> a size that keeps the device busy, by its kind alone: never by timing or by free memory."""
     return max(MICROBATCH_TOKENS[device.type], max_length) if tokens == "auto" else int(tokens)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed for the next allocation instead of giving it back to the kernel.
-
-    A training step frees and asks for the same large tensors again and again. By default each comes as fresh pages, and
-    faulting them in costs up to ten times what the arithmetic on them does. Peak memory stays that of the largest step.
-    Other C libraries are left as they are.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        return
 
 
 def seed_everything(seed: int) -> None:
