@@ -275,7 +275,11 @@ def test_a_signal_before_training_is_one_sentence(tmp_path: Path, signum: int, c
     )
     command = [sys.executable, "-m", "tuner", "sft", "r.yaml"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    heard = {signal.SIGINT: signal.default_int_handler}  # where the tests run in the background, SIGINT is ignored
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     writer = (tmp_path / "fifo.jsonl").open("w")  # opens once it is read from
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)

@@ -17,7 +17,7 @@ from tuner import recipe as recipes
 from tuner.data.pack import pack
 from tuner.model import adapter as adapter_module
 from tuner.model.policy import Policy
-from tuner.stages import sft
+from tuner.stages import prepare, sft
 from tuner.types import Tokens, span
 
 IDS = torch.randint(24, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -80,10 +80,18 @@ print(json.dumps(answers))
 def train(recipe_file: Path, output: Path, extra: list[str], monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Runs a recipe; the log-probabilities of IDS by the policy as it stood when training ended."""
     ended: list[Policy] = []
-    monkeypatch.setattr(sft, "report", lambda recipe, summary, policy, console: ended.append(policy))
-    sft.run(recipes.load(recipe_file, [f"train.output_dir={output}", *extra]))
+    load_model = prepare.load_model
+
+    def load_and_keep(*args: Any) -> prepare.Model:
+        model = load_model(*args)
+        ended.append(model.policy)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "load_model", load_and_keep)
+        sft.run(recipes.load(recipe_file, [f"train.output_dir={output}", *extra]))
     with torch.no_grad():
-        logps = ended[0].eval()(pack([Tokens((span(IDS, True),))]))
+        logps = ended[-1].eval()(pack([Tokens((span(IDS, True),))]))
     return [float(x) for x in logps]
 
 
