@@ -389,6 +389,7 @@ def _check_context(positions: int, data: Data) -> None:
 def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = policy.causal_lm.num_parameters()  # knows that 4-bit tensors hold two weights a byte
+    total -= trained if recipe.adapter is not None else 0
     if recipe.adapter is None:
         how = f"full fine-tuning of {trained:,} parameters, stored in {recipe.train.param_dtype}"
         if recipe.train.param_dtype == "bfloat16":
