@@ -365,7 +365,7 @@ def main() -> None:
     arguments.work = arguments.work.resolve()
 
     if arguments.work.exists():
-        shutil.rmtree(arguments.work)
+        parser.error(f"{arguments.work} exists; remove it, or name another folder with --work")
     arguments.work.mkdir(parents=True)
     texts = write_text(arguments.work / "pretrain.jsonl", arguments.documents, arguments.seed)
     tokenizer = train_tokenizer(texts)
