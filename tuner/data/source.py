@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tuner.data.report import place
-from tuner.errors import DataError
+from tuner.errors import DataError, first_line
 from tuner.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
         return str(hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha)
     except Exception as error:  # any of a dozen network and HTTP errors
         raise DataError(
-            f"{name} is no local file, and the Hub does not answer for it as a data set ({_first_line(error)}); give a "
+            f"{name} is no local file, and the Hub does not answer for it as a data set ({first_line(error)}); give a "
             "file, or pin `revision` to a commit that is in the local cache"
         ) from None
 
@@ -205,11 +205,7 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[int, Any]]:
         data = datasets.load_dataset(source.path, split=source.split, revision=commit)
     except Exception as error:  # whatever network, Hub and parser raise
         raise DataError(
-            f"{source.path} (split '{source.split}') cannot be loaded from the Hub: {_first_line(error)}; check the "
+            f"{source.path} (split '{source.split}') cannot be loaded from the Hub: {first_line(error)}; check the "
             "name and the split, or download the file and give its path"
         ) from None
     yield from enumerate(data)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

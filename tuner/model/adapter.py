@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tuner.errors import ModelError, RecipeError, first_line
 from tuner.recipe import AdapterSection
+from tuner.registry import did_you_mean
 
 ADAPTER = "default"
 META_FILE = "tuner.json"
@@ -121,8 +121,7 @@ def resolve_targets(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
         if name.rpartition(".")[2] == "lm_head":
             raise RecipeError("adapter.target_modules: LoRA on lm_head is not supported; put it in modules_to_save")
         if name.rpartition(".")[2] not in linears or not any(n == name or n.endswith("." + name) for n in every):
-            near = difflib.get_close_matches(name, linears, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(name, linears)
             raise RecipeError(
                 f"adapter.target_modules: '{name}' matches no linear of this model{hint}; known: "
                 f"{', '.join(sorted(linears))}, or all-linear"
@@ -134,8 +133,7 @@ def _check_saved_modules(base: PreTrainedModel, names: Iterable[str]) -> None:
     leaves = {n.rpartition(".")[2] for n, _ in base.named_modules() if n}
     for name in names:
         if name not in leaves:
-            near = difflib.get_close_matches(name, leaves, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = did_you_mean(name, leaves)
             raise RecipeError(f"adapter.modules_to_save: '{name}' matches no module of this model{hint}")
         if name in ("embed_tokens", "lm_head") and base.config.tie_word_embeddings:
             raise RecipeError(

@@ -23,7 +23,7 @@ from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
 from tuner.model.adapter import load_adapter, read_meta
 from tuner.model.fuse import fuse
-from tuner.model.load import base_fingerprint, load_base, load_tokenizer, resolve_dtype
+from tuner.model.load import base_fingerprint, load_base, load_tokenizer, padding_id, resolve_dtype
 from tuner.model.policy import Policy
 from tuner.recipe import DataSource, GenerateSection, ModelSection
 from tuner.types import Message
@@ -257,9 +257,8 @@ def _answer(
     seed: int,
 ) -> list[Answer]:
     stop_ids = renderer.stop_ids
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_ids), 0)
     with policy.generation_mode() as lm:
-        rows = generate(lm, ids, stop_ids=stop_ids, pad_id=int(pad_id), seed=seed, **settings.model_dump())
+        rows = generate(lm, ids, stop_ids=stop_ids, pad_id=padding_id(tokenizer), seed=seed, **settings.model_dump())
     answers = []
     for messages, row in zip(prompts, rows, strict=True):
         stopped = row[-1] in stop_ids
