@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -49,23 +50,37 @@ class Registry(Generic[T]):
 
     def parameters(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """`values` checked against the keyword-only parameters of the function, with its defaults filled in."""
-        schema = _parameter_schema(self.get(name))
-        try:
-            return schema(**values).model_dump()
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = str(first["loc"][0])
-            if first["type"] == "extra_forbidden":
-                hint = did_you_mean(key, schema.model_fields)
-                known = ", ".join(schema.model_fields) or "none"
-                message = f"{self.kind} '{name}' has no parameter '{key}'{hint}; its parameters: {known}"
-            else:
-                message = f"{self.kind} '{name}': {key}={values.get(key)!r}: {first['msg']}"
-            raise RecipeError(message) from None
+        return check_parameters(self.get(name), values, f"{self.kind} '{name}'", "parameter")
 
 
-def _parameter_schema(fn: Callable[..., Any]) -> type[BaseModel]:
-    hints = get_type_hints(fn)
-    parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    fields: dict[str, Any] = {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters}
-    return create_model(fn.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+def check_parameters(
+    fn: Callable[..., Any], values: Mapping[str, Any], what: str, noun: str, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`values` checked against the keyword-only parameters of `fn` but those `without`, with its defaults filled in.
+
+    Raises:
+        RecipeError: an unknown name or a value of another type; `what` has which `noun`s.
+    """
+    schema = _parameter_schema(fn, tuple(without))
+    try:
+        return schema(**values).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(key, schema.model_fields)
+            known = ", ".join(schema.model_fields) or "none"
+            message = f"{what} has no {noun} '{key}'{hint}; its {noun}s: {known}"
+        else:
+            message = f"{what}: {key}={values.get(key)!r}: {first['msg']}"
+        raise RecipeError(message) from None
+
+
+def _parameter_schema(fn: Callable[..., Any], without: tuple[str, ...]) -> type[BaseModel]:
+    plain = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
+    hints = get_type_hints(plain)
+    parameters = [p for p in inspect.signature(plain).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name not in without
+    }
+    return create_model(plain.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **fields)

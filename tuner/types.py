@@ -7,7 +7,7 @@ Sizes in comments: N tokens in a row, M predictions, S scored sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,34 +15,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Roles whose content is an answer, which masking policies may train.
+ANSWERS = frozenset({"assistant", "middle"})
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant calls. `arguments` keeps the keys, the order and the nulls of the file."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
 
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
-    `role` is `system`, `user`, `assistant` or `tool`; or `text` for raw text that no template wraps.
+    `role` is `system`, `user`, `assistant` or `tool` (the result of a call); `input` (what an Alpaca instruction is
+    about); `prefix`, `suffix` and `middle` of infilled code; or `text` for raw text that no template wraps.
     `train` overrides the masking policy for this message (`None`: the policy decides).
     `weight` multiplies the loss of its tokens; 0 is the same as `train=False`.
+    `tool_calls` are made by an assistant turn; `name` and `call_id` say which function and call a `tool` turn answers.
     """
 
     role: str
     content: str
     train: bool | None = None
     weight: float = 1.0
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    call_id: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
     """Messages shared by all completions, then one or more completions (each a list of messages).
 
-    A chat has one completion, which begins at its first trainable turn; a preference pair has two.
-    `source` and `row` say where it came from: a file or Hub id, and the 0-based row in it.
+    A chat has one completion, which begins at its first trainable turn. A preference pair has two: chosen, rejected; a
+    ranked list n, the best one first. Unpaired data has one completion and a `label`.
+
+    Args:
+        tools: JSON schemas of the functions that the assistant may call, as the file has them.
+        label: whether the one completion is a good one (unpaired data).
+        margin: how much better the chosen one is than the rejected one, if the data says so.
+        scores: of each completion, higher is better, if the data says so.
+        source, row: where it came from: a file or Hub id, and the 0-based row in it.
     """
 
     prompt: tuple[Message, ...]
     completions: tuple[tuple[Message, ...], ...]
     source: str = ""
     row: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
+    label: bool | None = None
+    margin: float | None = None
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether its completions are to be compared, or judged by a label, instead of imitated."""
+        return len(self.completions) > 1 or self.label is not None
 
 
 @dataclass(frozen=True, eq=False)

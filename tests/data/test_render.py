@@ -137,7 +137,7 @@ def test_random_chats_are_masked_exactly(name, train_on, tokenizer):
 
 
 def _mutant(change):
-    return dataclasses.replace(LLAMA3, pieces=lambda m, g=False: change(LLAMA3.pieces(m, g)))
+    return dataclasses.replace(LLAMA3, pieces=lambda m, g=False, **kw: change(LLAMA3.pieces(m, g, **kw)))
 
 
 MUTANTS = {
@@ -368,7 +368,8 @@ def test_the_pre_tokenizer_and_normaliser_stay(tokenizer, fresh_tokenizer):
     )
     encoder = TextEncoder(fresh_tokenizer)
     expected = backend.encode("HeLLo", add_special_tokens=False).ids
-    assert encoder.inner(["HeLLo"])["HeLLo"] == encoder.document(["HeLLo"])[0] == expected
+    for lead in ("begin", "inner", "never"):
+        assert encoder.texts([("HeLLo", lead)])("HeLLo", lead) == encoder.document(["HeLLo"])[0] == expected
     assert expected != tokenizer.encode("HeLLo", add_special_tokens=False)
 
 

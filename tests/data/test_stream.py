@@ -131,7 +131,8 @@ def test_answers_without_a_trained_terminator_are_refused(tokenizer, write):
     data = DataSection(train=path)
     assert load_split(data.train, data, tokenizer, LLAMA3).tokens
     forgetful = dataclasses.replace(
-        LLAMA3, pieces=lambda m, g=False: [p._replace(owner=None) if p.control else p for p in LLAMA3.pieces(m, g)]
+        LLAMA3,
+        pieces=lambda m, g=False, **kw: [p._replace(owner=None) if p.control else p for p in LLAMA3.pieces(m, g)],
     )
     with pytest.raises(DataError, match="so the model would never learn to stop"):
         load_split(data.train, data, tokenizer, forgetful)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models
 from tokenizers.models import Model
 
 from tuner.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# How a text begins: as a document does, as text after a control token does, or without a blank of the tokenizer's own.
+Lead = Literal["begin", "inner", "never"]
 
 
 class TextEncoder:
@@ -32,31 +35,33 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         backend = tokenizer.backend_tokenizer
-        self._plain = _without_added(tokenizer, backend.model)
-        self._inner = self._plain
-        scheme = getattr(backend.pre_tokenizer, "prepend_scheme", None)  # of SentencePiece-like tokenizers only
-        if scheme == "first":  # a blank goes before a text only at the start of a document, never after a control token
-            self._inner = Tokenizer(self._plain.model)
-            if backend.normalizer is not None:
-                self._inner.normalizer = backend.normalizer
-            pre = backend.pre_tokenizer
-            self._inner.pre_tokenizer = pre_tokenizers.Metaspace(
-                pre.replacement, prepend_scheme="never", split=pre.split
-            )
-        self._short: dict[str, list[int]] = {"": []}  # headers and the like
+        begin = _without_added(tokenizer, backend.model)
+        self._ways: dict[Lead, Tokenizer] = {
+            "begin": begin,
+            "inner": _variant(begin, "inner"),
+            "never": _variant(begin, "never"),
+        }
+        # Tokenizers that add no blank of their own (all of Llama 3's) have one way only.
+        self._same: dict[Lead, Lead] = {
+            lead: next(other for other in self._ways if self._ways[other] is self._ways[lead]) for lead in self._ways
+        }
+        self._short: dict[tuple[str, Lead], list[int]] = {}  # headers and the like
 
-    def inner(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of each distinct text as it stands after a control token."""
-        unique = set(texts)
-        new = [t for t in unique if t not in self._short]
-        found = dict(zip(new, _encode(self._inner, new), strict=True))
-        if len(self._short) < 1024:
-            self._short.update((t, ids) for t, ids in found.items() if len(t) <= 16)
-        return {t: found[t] if t in found else self._short[t] for t in unique}
+    def texts(self, wanted: Iterable[tuple[str, Lead]]) -> Callable[[str, Lead], list[int]]:
+        """Ids of each distinct text, by how it begins; all are tokenised in one go."""
+        unique = {(text, self._same[lead]) for text, lead in wanted}
+        found = {key: self._short[key] for key in unique if key in self._short}
+        for lead, tokenizer in self._ways.items():
+            new = [text for text, way in unique if way == lead and (text, way) not in found]
+            encoded = dict(zip(((text, lead) for text in new), _encode(tokenizer, new), strict=True))
+            if len(self._short) < 1024:
+                self._short.update((key, ids) for key, ids in encoded.items() if len(key[0]) <= 16)
+            found |= encoded
+        return lambda text, lead: found[text, self._same[lead]]
 
     def document(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts that begin a document (BOS is not among them)."""
-        return _encode(self._plain, texts)
+        return _encode(self._ways["begin"], texts)
 
     def parsed(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts whose control tokens are parsed: for text that a trusted tool has templated."""
@@ -88,6 +93,39 @@ def _without_added(tokenizer: PreTrainedTokenizerFast, model: Model) -> Tokenize
             "added tokens removed, so text could forge it; use a checkpoint whose control tokens are added tokens"
         )
     return plain
+
+
+def _variant(plain: Tokenizer, lead: Lead) -> Tokenizer:
+    """`plain` with another rule about its own leading blank; `plain` itself where that makes no difference."""
+    parts = Tokenizer(models.BPE())
+    for name in ("normalizer", "pre_tokenizer"):
+        if getattr(plain, name) is not None:
+            setattr(parts, name, getattr(plain, name))
+    spec = json.loads(parts.to_str())
+    before = json.dumps(spec)
+    spec["normalizer"], spec["pre_tokenizer"] = (_without_lead(spec[k], lead) for k in ("normalizer", "pre_tokenizer"))
+    if json.dumps(spec) == before:
+        return plain
+    return _assemble(Tokenizer.from_str(json.dumps(spec)), plain.model)
+
+
+def _without_lead(part: Any, lead: Lead) -> Any:
+    """A normaliser's or pre-tokeniser's JSON without what puts a blank before a text.
+
+    A blank that goes before the "first" text goes before the beginning of a document, and not after a control token.
+    """
+    if not isinstance(part, dict):
+        return part
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            return part | {key: [inner for p in part[key] if (inner := _without_lead(p, lead)) is not None]}
+    if part["type"] == "Prepend" and lead == "never":
+        return None
+    if part["type"] == "Metaspace" and (lead == "never" or part["prepend_scheme"] == "first"):
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel" and lead == "never":
+        return part | {"add_prefix_space": False}
+    return part
 
 
 def _assemble(backend: Tokenizer, model: Model) -> Tokenizer:

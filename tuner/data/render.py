@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from tuner.data.encode import TextEncoder
+from tuner.data import ghost
+from tuner.data.encode import Lead, TextEncoder
 from tuner.data.report import DataReport, place
-from tuner.data.templates import BOS, EOS, TEMPLATES, Piece, Template, control_ids
+from tuner.data.templates import BOS, EOS, TEMPLATES, Piece, Template, control_ids, tojson
 from tuner.errors import DataError, ModelError, RecipeError
-from tuner.types import Example, Message, Span, Tokens, span
+from tuner.types import ANSWERS, Example, Message, Span, Tokens, span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 TrainOn = Literal["assistant", "last", "all"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 OnBad = Callable[[Example, DataError], None]
-Weighted = tuple[list[int], float]  # ids, and their weight as targets (0: not trained)
+Target = tuple[Piece, float]  # a piece, and its weight as a target (0: not trained)
+Weighted = tuple[list[int], float]  # the same as ids
 
 
 class Renderer:
@@ -32,6 +35,7 @@ class Renderer:
         max_length: of a document, in tokens.
         overlong: what happens to a longer one.
         parse_control_tokens: whether raw text may hold control tokens, as pre-templated files do.
+        ghost_attention: whether a system instruction is to reach through all turns (see `tuner.data.ghost`).
 
     Raises:
         ModelError: the tokenizer is slow, or lacks BOS or a control token of the template.
@@ -45,9 +49,11 @@ class Renderer:
         max_length: int = 2048,
         overlong: Overlong = "error",
         parse_control_tokens: bool = False,
+        ghost_attention: bool = False,
     ) -> None:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.max_length, self.overlong, self.parse_control_tokens = max_length, overlong, parse_control_tokens
+        self.ghost_attention = ghost_attention
         self.report = DataReport()
         self.num_chats = 0
         self._encoder = TextEncoder(tokenizer)
@@ -76,7 +82,7 @@ class Renderer:
         `on_bad` is told of an example that cannot be used, which then has no samples; without it that is an error. A
         document that is too long is no such example: `overlong` decides about it.
         """
-        plans: list[list[tuple[Piece, float]] | None] = []
+        plans: list[_Plan | None] = []
         for example in examples:
             try:
                 plans.append(self._plan(example))
@@ -85,74 +91,105 @@ class Renderer:
                     raise
                 on_bad(example, error)
                 plans.append(None)
-        texts = [e.completions[0][0].content for e, p in zip(examples, plans, strict=True) if p and _is_text(e)]
+        texts = [p.example.completions[0][0].content for p in plans if p and p.is_text]
         documents = iter(self._encoder.parsed(texts) if self.parse_control_tokens else self._encoder.document(texts))
-        inner = self._encoder.inner(
-            piece.text
-            for example, plan in zip(examples, plans, strict=True)
-            if plan and not _is_text(example)
-            for piece, _ in plan
-            if not piece.control
+        ids = self._encoder.texts(
+            text for p in plans if p and not p.is_text for branch in p.branches for text in _texts(branch)
         )
         out: list[list[Tokens]] = []
         for example, plan in zip(examples, plans, strict=True):
             if plan is None:
                 out.append([])
-            elif _is_text(example):
-                try:
-                    out.append(self._fit(self._text_parts(example, next(documents), plan[0][1]), example))
-                except _Unusable as error:
-                    if on_bad is None:
-                        raise
-                    on_bad(example, error)
-                    out.append([])
-            else:
-                out.append(self._fit(self._chat_parts(plan, inner), example))
+                continue
+            try:
+                if plan.is_text:
+                    parts = self._text_parts(example, next(documents), plan.branches[0][0][1])
+                    out.append(self._fit_document(parts, example))
+                elif example.is_preference:
+                    out.append(self._fit_branches(plan, ids))
+                else:
+                    out.append(self._fit_document(self._chat_parts(plan.branches[0], ids), example))
+            except _Unusable as error:
+                if on_bad is None:
+                    raise
+                on_bad(example, error)
+                out.append([])
         return out
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids to generate an answer from: BOS, the messages, the header of an answer. For a `text` message: BOS and
         the text."""
         if len(messages) == 1 and messages[0].role == "text":
             return [self._id(BOS), *self._encoder.document([messages[0].content])[0]]
-        template = self._chat_template()
-        self._check_roles(messages, "the prompt")
-        plan = [(piece, 0.0) for piece in template.pieces(messages, add_generation_prompt=True)]
-        texts = self._encoder.inner(piece.text for piece, _ in plan if not piece.control)
-        return [i for ids, _ in self._chat_parts(plan, texts) for i in ids]
+        messages = self._adapted(messages)
+        self._check_roles(messages, "the prompt", tools)
+        plan = [(piece, 0.0) for piece in self._pieces(messages, "the prompt", tools, add_generation_prompt=True)]
+        return [i for ids, _ in self._chat_parts(plan, self._encoder.texts(_texts(plan))) for i in ids]
 
     # -- masking ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, example: Example) -> list[tuple[Piece, float]]:
+    def _plan(self, example: Example) -> _Plan:
         """The pieces of an example with the weight of each as a target. Counts what is odd about it."""
         where = place(example.source, example.row)
-        assert len(example.completions) == 1, "several completions are rendered by the preference stages"
-        messages = (*example.prompt, *example.completions[0])
         self._check_recipe(example, where)
         if not _is_text(example):
-            self._check_roles(messages, where)
-        weights = self._message_weights(messages, len(example.prompt), where)
-        if not self.parse_control_tokens and any(self._spelled.search(m.content) for m in messages):
+            if self.ghost_attention:
+                example = ghost.trained(example)
+            prompt = self._adapted(example.prompt)
+            example = replace(example, prompt=prompt, completions=tuple(map(self._adapted, example.completions)))
+        everything = (*example.prompt, *itertools.chain.from_iterable(example.completions))
+        if not self.parse_control_tokens and any(map(self._spelled.search, _strings(everything, example.tools))):
             self.report.count("control_text", where)
         if _is_text(example):
-            return [(Piece(messages[0].content, owner=0, message=0), weights[0])]
+            (weight,) = self._message_weights(everything, 0, where)
+            return _Plan(example, ((((Piece(everything[0].content, owner=0, message=0)), weight),),), is_text=True)
         self.num_chats += 1
-        answers = (m for m, weight in zip(messages, weights, strict=True) if m.role == "assistant" and weight)
-        if any(not m.content.strip() for m in answers):
+        empty, branches = False, []
+        for completion in example.completions:
+            messages = (*example.prompt, *completion)
+            self._check_roles(messages, where, example.tools)
+            weights = self._message_weights(messages, len(example.prompt), where)
+            answers = (m for m, weight in zip(messages, weights, strict=True) if m.role in ANSWERS and weight)
+            empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
+            branches.append(tuple(self._targets(self._pieces(messages, where, example.tools), weights)))
+        if empty:
             self.report.count("empty_answers", where)
-        plan = []
-        for piece in self._chat_template().pieces(messages):
+        return _Plan(example, tuple(branches))
+
+    def _targets(self, pieces: Iterable[Piece], weights: Sequence[float]) -> Iterator[Target]:
+        for piece in pieces:
             owner = piece.message if self.train_on == "all" else piece.owner
-            plan.append((piece, 0.0 if owner is None else weights[owner]))
-        return plan
+            yield piece, 0.0 if owner is None else weights[owner]
+
+    def _pieces(
+        self,
+        messages: Sequence[Message],
+        where: str,
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+    ) -> list[Piece]:
+        try:
+            return self._chat_template().pieces(messages, add_generation_prompt, tools=tools)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def _adapted(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages with roles that this template has: an `input` goes into the turn before it."""
+        out: list[Message] = []
+        for message in messages:
+            if message.role == "input" and "input" not in self._chat_template().roles and out:
+                out[-1] = replace(out[-1], content=f"{out[-1].content}\n\n{message.content}")
+            else:
+                out.append(message)
+        return tuple(out)
 
     def _message_weights(self, messages: Sequence[Message], prompt: int, where: str) -> list[float]:
         """The weight of each message as a target: 0 where it is not trained."""
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= prompt]
+        turns = [i for i, m in enumerate(messages) if m.role in ANSWERS and i >= prompt]
         policy = {"all": range(len(messages)), "assistant": turns, "last": turns[-1:]}[self.train_on]
         weights = []
         for i, message in enumerate(messages):
-            if message.train and message.role != "assistant" and self.train_on != "all":
+            if message.train and message.role not in ANSWERS and self.train_on != "all":
                 raise DataError(
                     f"{where}: message {i} asks for train: true, but only assistant turns are trained under "
                     f"data.train_on: {self.train_on}; remove it, or set data.train_on: all"
@@ -184,8 +221,14 @@ class Renderer:
                 "the file as text"
             )
 
-    def _check_roles(self, messages: Sequence[Message], where: str) -> None:
+    def _check_roles(self, messages: Sequence[Message], where: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         template = self._chat_template()
+        if not template.tools and (tools or any(m.tool_calls for m in messages)):
+            able = ", ".join(t.name for t in TEMPLATES.values() if t.tools)
+            raise DataError(
+                f"{where}: there are tools or tool calls, which chat_template '{template.name}' has no place for; "
+                f"templates that have: {able}"
+            )
         for i, message in enumerate(messages):
             if message.role not in template.roles:
                 allowed = ", ".join(template.roles)
@@ -209,21 +252,23 @@ class Renderer:
             )
         return self._control[name]
 
-    def _chat_parts(self, plan: Sequence[tuple[Piece, float]], texts: dict[str, list[int]]) -> list[Weighted]:
+    def _chat_parts(self, plan: Sequence[Target], ids: Callable[[str, Lead], list[int]]) -> list[Weighted]:
+        """One part for each piece; of a BOS that is not to be, an empty one."""
         parts: list[Weighted] = []
+        empty = True
         for n, (piece, weight) in enumerate(plan):
             if not piece.control:
-                parts.append((texts[piece.text], weight))
-                continue
-            if piece.text == BOS:
+                parts.append((ids(piece.text, _lead(plan, n)), weight))
+            elif piece.text == BOS:
                 bos = self._control.get(BOS)
                 first = plan[n + 1][0] if n + 1 < len(plan) else None
-                if bos is None or (first is not None and first.control and self._id(first.text) == bos):
-                    continue  # a template that does not insist on BOS, or whose first control token is the BOS
-                parts.append(([bos], 0.0))
+                # a template that does not insist on BOS, or whose first control token is the BOS
+                none = bos is None or (first is not None and first.control and self._id(first.text) == bos)
+                parts.append(([] if none or bos is None else [bos], 0.0))
             else:
                 # the first token of a document has nothing before it to be predicted from
-                parts.append(([self._id(piece.text)], weight if parts else 0.0))
+                parts.append(([self._id(piece.text)], 0.0 if empty else weight))
+            empty = empty and not parts[-1][0]
         return parts
 
     def _text_parts(self, example: Example, body: list[int], weight: float) -> list[Weighted]:
@@ -247,11 +292,45 @@ class Renderer:
 
     # -- length -------------------------------------------------------------------------------------------------------
 
-    def _fit(self, parts: list[Weighted], example: Example) -> list[Tokens]:
+    def _fit_document(self, parts: list[Weighted], example: Example) -> list[Tokens]:
         """The parts as samples of at most `max_length` tokens, by the `overlong` policy."""
-        length = sum(len(ids) for ids, _ in parts)
+        length = _length(parts)
         if length <= self.max_length:
-            return [_tokens(parts, example)]
+            return [_tokens(example, parts)]
+        if self.overlong == "split":
+            self.report.count("split", place(example.source, example.row))
+            return [_tokens(example, piece) for piece in _split(parts, self.max_length)]
+        return self._overlong(length, example, lambda: _tokens(example, _cut(parts, self.max_length)))
+
+    def _fit_branches(self, plan: _Plan, ids: Callable[[str, Lead], list[int]]) -> list[Tokens]:
+        """The prompt once, as an untrained trunk, and each completion as a branch that continues it.
+
+        Each branch together with the trunk has at most `max_length` tokens.
+        """
+        example, where = plan.example, place(plan.example.source, plan.example.row)
+        starts = [_completion_start(branch, example) for branch in plan.branches]
+        trunk_pieces = [piece for piece, _ in plan.branches[0][: starts[0]]]
+        for branch, start in zip(plan.branches, starts, strict=True):
+            if [piece for piece, _ in branch[:start]] != trunk_pieces:
+                raise _Unusable(
+                    f"{where}: chat_template '{self._chat_template().name}' renders the prompt differently before each "
+                    "completion, so that they cannot be compared; choose another data.chat_template"
+                )
+        parts = [self._chat_parts(branch, ids) for branch in plan.branches]
+        trunk = [(run, 0.0) for run, _ in parts[0][: starts[0]]]
+        branches = [branch[start:] for branch, start in zip(parts, starts, strict=True)]
+        room = self.max_length - _length(trunk)
+        longest = max(map(_length, branches))
+        if longest <= room:
+            return [_tokens(example, trunk, branches)]
+
+        def cut() -> Tokens:
+            kept = [_cut(branch, max(room, 0)) for branch in branches]
+            return _tokens(example, trunk, kept if all(any(w for i, w in b if i) for b in kept) else [])
+
+        return self._overlong(_length(trunk) + longest, example, cut)
+
+    def _overlong(self, length: int, example: Example, cut: Callable[[], Tokens]) -> list[Tokens]:
         where = place(example.source, example.row)
         if self.overlong == "error":
             choices = "drop, truncate or split" if _is_text(example) else "drop or truncate"
@@ -263,10 +342,7 @@ class Renderer:
             self.report.count("dropped", where)
             self.report.lost_tokens += length
             return []
-        if self.overlong == "split":
-            self.report.count("split", where)
-            return [_tokens(piece, example) for piece in _split(parts, self.max_length)]
-        sample = _tokens(_cut(parts, self.max_length), example)
+        sample = cut()
         if not sample.num_trained:
             self.report.count("cut_away", where)
             self.report.lost_tokens += length
@@ -274,6 +350,15 @@ class Renderer:
         self.report.count("truncated", where)
         self.report.lost_tokens += length - self.max_length
         return [sample]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An example as its template sees it; of a preference, prompt and completion anew for each completion."""
+
+    example: Example
+    branches: tuple[tuple[Target, ...], ...]
+    is_text: bool = False
 
 
 class _Unusable(DataError):
@@ -284,14 +369,57 @@ def _is_text(example: Example) -> bool:
     return not example.prompt and len(example.completions[0]) == 1 and example.completions[0][0].role == "text"
 
 
-def _tokens(parts: Iterable[Weighted], example: Example) -> Tokens:
+def _lead(plan: Sequence[Target], n: int) -> Lead:
+    """How the text at `n` begins, by what stands before it."""
+    lead = plan[n][0].lead
+    if lead is not None:
+        return "begin" if lead else "never"
+    if not n:
+        return "begin"
+    return "inner" if plan[n - 1][0].control else "never"
+
+
+def _texts(plan: Sequence[Target]) -> Iterator[tuple[str, Lead]]:
+    return ((piece.text, _lead(plan, n)) for n, (piece, _) in enumerate(plan) if not piece.control)
+
+
+def _strings(messages: Iterable[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every text of an example that a template may render."""
+    for message in messages:
+        yield message.content
+        yield from (name for name in (message.name, message.call_id) if name)
+        for call in message.tool_calls:
+            yield call.name
+            yield tojson(call.arguments)
+    yield from map(tojson, tools)
+
+
+def _completion_start(plan: Sequence[Target], example: Example) -> int:
+    """The piece at which the completion begins: after the header of an answer, which is a prompt's end."""
+    first = len(example.prompt)
+    answer = (*example.prompt, *example.completions[0])[first].role in ANSWERS
+    for n, (piece, _) in enumerate(plan):
+        if (piece.owner if answer else piece.message) == first:
+            return n
+    return len(plan)
+
+
+def _length(parts: Iterable[Weighted]) -> int:
+    return sum(len(ids) for ids, _ in parts)
+
+
+def _tokens(example: Example, trunk: Iterable[Weighted], branches: Iterable[Iterable[Weighted]] = ()) -> Tokens:
+    return Tokens(_spans(trunk), tuple(map(_spans, branches)), source=example.source, row=example.row)
+
+
+def _spans(parts: Iterable[Weighted]) -> tuple[Span, ...]:
     """Neighbouring parts of one weight become one span."""
     spans: list[Span] = []
     filled = (part for part in parts if part[0])
     for weight, group in itertools.groupby(filled, key=lambda part: part[1]):
         ids = list(itertools.chain.from_iterable(ids for ids, _ in group))
         spans.append(span(ids, trained=weight > 0, weight=weight or 1.0))
-    return Tokens(trunk=tuple(spans), source=example.source, row=example.row)
+    return tuple(spans)
 
 
 def _cut(parts: Sequence[Weighted], length: int) -> list[Weighted]:

@@ -45,7 +45,21 @@ def choose_template(
     """The chat template of a recipe; None where `chat_template: auto` meets nothing but raw text, which needs none."""
     if data.chat_template == "auto" and all(_format(source, data).name == "text" for source in sources):
         return None
-    return resolve_template(data.chat_template, tokenizer)
+    options = dict(data.template_options) | ({} if data.date_string is None else {"date_string": data.date_string})
+    return resolve_template(data.chat_template, tokenizer, options, data.control_tokens)
+
+
+def make_renderer(data: DataSection, tokenizer: PreTrainedTokenizerFast, template: Template | None) -> Renderer:
+    """The renderer that a recipe asks for."""
+    return Renderer(
+        tokenizer,
+        template,
+        data.train_on,
+        data.max_length,
+        data.overlong,
+        data.parse_control_tokens,
+        data.ghost_attention,
+    )
 
 
 def load_split(
@@ -62,9 +76,7 @@ def load_split(
         DataError: a source or row is unusable, or nothing is left to train on.
         RecipeError: the recipe asks for something that its data cannot have.
     """
-    renderer = Renderer(
-        tokenizer, template, data.train_on, data.max_length, data.overlong, data.parse_control_tokens
-    )  # fmt: skip
+    renderer = make_renderer(data, tokenizer, template)
     report, tokens = renderer.report, list[Tokens]()
     for number, source in enumerate(sources):
         tokens += _sample(list(_render_source(source, data, renderer)), source, report, [seed, number])

@@ -27,7 +27,7 @@ from tuner import recipe
 from tuner.checkpoint import check_result, check_space, file_entries, publish_directory, read_manifest
 from tuner.data.render import Renderer
 from tuner.data.stream import load_split
-from tuner.data.templates import TEMPLATES, Template
+from tuner.data.templates import TEMPLATES, Template, resolve_template
 from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, TunerError
 from tuner.evaluate import read_questions
 from tuner.model import quantize
@@ -315,7 +315,10 @@ def dequantized_base(section: ModelSection) -> PreTrainedModel:
 
 
 def _tokenizer(source: Source) -> tuple[PreTrainedTokenizerFast, Template | None]:
-    """The base's tokenizer with the chat template that was trained; None: that is not one of ours."""
+    """The tokenizer that trained, with its chat template; the base's own where none lies beside the adapter."""
+    if (source.directory / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(source.directory), None)
+        return tokenizer, resolve_template("auto", tokenizer) if tokenizer.chat_template else None
     tokenizer = load_tokenizer(source.section.name_or_path, source.section.revision)
     template = TEMPLATES.get(source.meta.chat_template)
     if template is not None:

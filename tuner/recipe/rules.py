@@ -192,6 +192,13 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
         yield "data.parse_control_tokens", "only text rows may carry control tokens; set data.format: text"
     if all(is_text) and data.train_on != "all":
         yield "data.train_on", f"text has no assistant turns, so {data.train_on} trains nothing; set it to all"
+    if data.ghost_attention and data.train_on == "all":
+        yield (
+            "data.ghost_attention",
+            "trains the last answers only, and data.train_on: all trains everything; choose one",
+        )
+    if data.date_string is not None and "date_string" in data.template_options:
+        yield "data.template_options", "date_string is set in data.date_string too; say it once"
     given = root.value.get("train") if isinstance(root.value, dict) else None
     if train.batch_unit == "tokens" and not (given and isinstance(given.value, dict) and "batch_size" in given.value):
         yield "train.batch_unit", "with tokens, train.batch_size must be given too (tokens an optimizer step)"

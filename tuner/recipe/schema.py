@@ -5,14 +5,34 @@ Every field says what it means and in which unit; the JSON Schema for editors is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 Stage = Literal["sft"]
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
-Format = Literal["auto", "messages", "prompt_completion", "text"]
+
+_DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+def _files(folder: str) -> tuple[str, ...]:
+    """`auto`, and what the files of a folder of tuner/data are called: a file there is a format or a template.
+
+    They are listed, not imported, so that a recipe is checked before torch could be loaded.
+    """
+    stems = sorted(p.stem for p in (_DATA / folder).glob("*.py") if not p.stem.startswith("_"))
+    return ("auto", *(re.sub(r"(?<=\d)_(?=\d)", ".", stem) for stem in stems))
+
+
+if TYPE_CHECKING:
+    Format = str
+    ChatTemplate = str
+else:
+    Format = Literal[_files("formats")]
+    ChatTemplate = Literal[_files("templates")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -121,11 +141,21 @@ class DataSection(Section):
     ] = None
     format: Format = Field("auto", description="Shape of a row; auto looks at its keys.")
     columns: dict[str, str] = Field(default_factory=dict, description="Our column name -> the file's column name.")
-    chat_template: Literal["auto", "llama3", "chatml", "plain"] = Field(
-        "auto", description="How messages become text; auto recognises the tokenizer's own template."
+    chat_template: ChatTemplate = Field(
+        "auto", description="How messages become text; auto takes the tokenizer's own template."
+    )
+    date_string: Text | None = Field(
+        None, description="The date that Llama 3.1 and later put into every chat; never today's."
+    )
+    template_options: dict[str, Any] = Field(default_factory=dict, description="Further options of the chat template.")
+    control_tokens: dict[str, Text] = Field(
+        default_factory=dict, description="A control token of the template -> the reserved token that stands for it."
     )
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="Trained tokens: all answers, the last answer, or every token (pretraining)."
+    )
+    ghost_attention: bool = Field(
+        False, description="A system instruction holds through all turns: said once, and only the last answer trained."
     )
     parse_control_tokens: bool = Field(
         False, description="Read control tokens spelt in `text` rows as such: for pre-templated files you trust."
@@ -136,6 +166,7 @@ class DataSection(Section):
     )
     packing: bool = Field(True, description="Lay several documents in one row, each seeing only itself.")
     on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at a bad row, or skip and count it.")
+    cache: bool = Field(True, description="Keep the tokens of a source, and use them again while nothing has changed.")
 
 
 class LossSection(BaseModel):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
@@ -22,7 +22,7 @@ from tuner import recipe as recipes
 from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entries
 from tuner.data.render import Renderer
 from tuner.data.report import place
-from tuner.data.stream import Plan, Split, choose_template, holdout, load_split
+from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.errors import DataError, RecipeError, TunerError
 from tuner.evaluate import Question, read_questions
@@ -188,7 +188,7 @@ class Data:
             "data.train (content)": self.train.hash,
             "data.eval (content)": self.held_out.hash if self.held_out else "none",
             "eval.questions (content)": _hash_questions(self.questions),
-            "data.chat_template (text)": fingerprint(self.template.jinja) if self.template else "none",
+            "data.chat_template (text)": fingerprint(self.template.saved()) if self.template else "none",
         }
 
 
@@ -220,7 +220,7 @@ def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
         seed=train.seed,
         world_size=devices.world_size,
     )
-    renderer = Renderer(tokenizer, template, section.train_on, section.max_length, section.overlong)
+    renderer = make_renderer(section, tokenizer, template)
     found = Data(tokenizer, template, renderer, split, held_out, questions, plan)
     if devices.is_main:
         _print_data(found, recipe, console)
@@ -359,6 +359,7 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
         saved = recipe.adapter.modules_to_save if recipe.adapter else ()
         used = {ids[name]: name for name in data.template.control}
         check_trained_tokens(base, used, trained=full or "embed_tokens" in saved)
+        _check_slots(data.template, base, full or {"embed_tokens", "lm_head"} <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
     if recipe.train.activation_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -374,6 +375,16 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     if machine.devices.is_main:
         _print_model(recipe, policy, fused, console)
     return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype, base_sha256))
+
+
+def _check_slots(template: Template, base: nn.Module, trained: bool) -> None:
+    """Refuses reserved slots in the place of control tokens where nothing would train them."""
+    if template.renamed and not trained:
+        slots = ", ".join(template.renamed.values())
+        raise RecipeError(
+            f"data.control_tokens: {slots} would stand for control tokens that the base has never seen, and stay "
+            "frozen; add adapter.modules_to_save: [embed_tokens, lm_head], or fine-tune the full weights"
+        )
 
 
 def _check_context(positions: int, data: Data) -> None:
@@ -413,7 +424,7 @@ def _save_result(
     """`adapter/` or `model/`, with the tokenizer and the template that trained."""
     tokenizer = data.tokenizer
     if data.template is not None:
-        tokenizer.chat_template = data.template.jinja
+        tokenizer.chat_template = data.template.saved()
     stop_ids = data.renderer.stop_ids
 
     def save(directory: Path) -> None:

@@ -218,7 +218,10 @@ def _adapter_subject(given: Path, base: str | None) -> Subject:
             "bnb_4bit_use_double_quant": quantization["double_quant"],
         }
     section = ModelSection(name_or_path=name, revision=revision, **options)
-    return Subject(section, directory, meta.chat_template, name, _run_settings(directory.parent))
+    # The tokenizer beside the adapter carries the very template that trained, with its options.
+    beside = (directory / "tokenizer.json").is_file()
+    template, tokenizer = ("auto", str(directory)) if beside else (meta.chat_template, name)
+    return Subject(section, directory, template, tokenizer, _run_settings(directory.parent))
 
 
 def _run_settings(run_dir: Path) -> GenerateSection:

@@ -1,20 +1,23 @@
 """Chat templates: messages -> pieces of text and control tokens. One file here is one template.
 
-Each file defines `TEMPLATE`. Its `jinja` is what is saved with the tokenizer, and renders the very text of its pieces.
+Each file defines `TEMPLATE`, and is named like it (`llama3_1.py` is `llama3.1`); a file whose name begins with `_` is
+shared by several. `jinja` is what is saved with the tokenizer, and renders the very text of the pieces.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import json
 import pkgutil
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tuner.errors import ModelError, RecipeError
-from tuner.registry import did_you_mean
+from tuner.registry import check_parameters, did_you_mean
 from tuner.types import Message
 
 if TYPE_CHECKING:
@@ -25,18 +28,33 @@ BOS, EOS = "bos_token", "eos_token"
 
 
 class Piece(NamedTuple):
-    """A control token, or text that is tokenised as one unit and can never hold one."""
+    """A control token, or text that is tokenised as one unit and can never hold one.
+
+    Some tokenizers put a blank of their own before a text. `lead` says whether they may: by default after a control
+    token they do as they always do there, and never where two texts meet.
+    """
 
     text: str
     control: bool = False
     owner: int | None = None  # index of the message whose answer (content or terminator) this is
     message: int | None = None  # index of the message that it belongs to at all, headers too
+    lead: bool | None = None
 
 
 class PiecesFn(Protocol):
-    """Messages -> pieces; an answer is cut from its header exactly where the generation prompt ends."""
+    """Messages -> pieces; an answer is cut from its header exactly where the generation prompt ends.
 
-    def __call__(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]: ...
+    `tools` are the JSON schemas of the functions that may be called. Further keyword-only parameters are the options of
+    the template, as a recipe gives them in `data.template_options`. A DataError says what is wrong, not where.
+    """
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Piece]: ...
 
 
 @dataclass(frozen=True)
@@ -49,45 +67,155 @@ class Template:
     terminators: tuple[str, ...]  # control tokens that end an answer
     roles: tuple[str, ...]
     pieces: PiecesFn
+    tools: bool = False  # whether it has a place for tools, calls and their results
+    write: Callable[..., str] | None = None  # options -> jinja, of a template that has options
     also: frozenset[str] = frozenset()  # fingerprints of other Jinja texts that render chats in the same way
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # as given; the others have their defaults
+    renamed: Mapping[str, str] = field(
+        default_factory=dict, hash=False
+    )  # its control tokens -> the slots that stand for them
 
     def recognises(self, jinja: str) -> bool:
         """Whether `jinja` is known to render conversations as this template does."""
         return fingerprint(jinja) in self.also | {fingerprint(self.jinja)}
 
+    def with_options(self, options: Mapping[str, Any]) -> Template:
+        """This template with its own options set.
 
-def resolve_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The template called `name`; `auto` recognises the tokenizer's own.
+        Raises:
+            RecipeError: it has no such option, or the value is not of the option's type.
+        """
+        if not options:
+            return self
+        what = f"chat_template '{self.name}'"
+        given = check_parameters(self.pieces, options, what, "option", without=("tools",))
+        assert self.write is not None, f"{what} has options and no `write`"
+        pieces = functools.partial(self.pieces, **given)
+        return replace(self, pieces=pieces, jinja=self.write(**given), options={**self.options, **options})
+
+    def with_control_tokens(self, renamed: Mapping[str, str]) -> Template:
+        """This template with other tokens in the place of some of its control tokens.
+
+        Raises:
+            RecipeError: it has no such control token, or two would stand for each other.
+        """
+        for name in renamed:
+            if name not in self.control:
+                mine = ", ".join(c for c in self.control if c not in (BOS, EOS)) or "none"
+                raise RecipeError(
+                    f"data.control_tokens: chat_template '{self.name}' has no control token '{name}'"
+                    f"{did_you_mean(name, self.control)}; it has: {mine}"
+                )
+        if not renamed:
+            return self
+        control = tuple(renamed.get(name, name) for name in self.control)
+        if len(set(control)) < len(control):
+            raise RecipeError("data.control_tokens: two control tokens share one slot; give each a slot of its own")
+        jinja = self.jinja
+        for name, slot in renamed.items():
+            jinja = jinja.replace(name, slot)
+        return replace(
+            self,
+            jinja=jinja,
+            control=control,
+            terminators=tuple(renamed.get(name, name) for name in self.terminators),
+            pieces=functools.partial(_renamed_pieces, self.pieces, dict(renamed)),
+            renamed=dict(renamed),
+        )
+
+    def saved(self) -> str:
+        """The Jinja text to save: a first line names the options, so that `auto` finds them again."""
+        if not self.options and not self.renamed:
+            return self.jinja
+        settings = {"name": self.name, "options": dict(self.options), "control_tokens": dict(self.renamed)}
+        return _MARK.format(json.dumps(settings).replace("#", "\\u0023")) + self.jinja
+
+
+_MARK = "{{#- tuner chat_template {} -#}}\n"
+
+
+def _renamed_pieces(
+    pieces: PiecesFn,
+    renamed: Mapping[str, str],
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    **settings: Any,
+) -> list[Piece]:
+    found = pieces(messages, add_generation_prompt, **settings)
+    return [p._replace(text=renamed.get(p.text, p.text)) if p.control else p for p in found]
+
+
+def resolve_template(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    options: Mapping[str, Any] | None = None,
+    control_tokens: Mapping[str, str] | None = None,
+) -> Template:
+    """The template called `name`; `auto` takes the tokenizer's own.
+
+    An own one that is known is rendered by us; an unknown one is rendered as it is (see `tuner.data.foreign`).
 
     Raises:
-        RecipeError: there is no such template.
-        ModelError: the tokenizer has no template, an unknown one, or lacks a control token of the one asked for.
+        RecipeError: there is no such template, or it has no such option or control token.
+        ModelError: the tokenizer has no template, or lacks a control token of the one asked for.
     """
+    options, control_tokens = options or {}, control_tokens or {}
     if name != "auto":
         if name not in TEMPLATES:
             known = ", ".join(("auto", *TEMPLATES))
             raise RecipeError(f"data.chat_template: unknown '{name}'{did_you_mean(name, TEMPLATES)}; known: {known}")
-        template = TEMPLATES[name]
+        template = TEMPLATES[name].with_options(options).with_control_tokens(control_tokens)
     else:
-        own = _own_template(tokenizer)
-        fits = [t for t in TEMPLATES.values() if not missing_controls(t, tokenizer)]
-        remedy = f"set data.chat_template to one it has the control tokens for: {', '.join(t.name for t in fits)}"
-        if own is None:
-            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; {remedy}")
-        found = next((t for t in TEMPLATES.values() if t.recognises(own)), None)
-        if found is None:
-            raise ModelError(
-                f"the chat template of the tokenizer of {tokenizer.name_or_path} is none that tuner knows "
-                f"({', '.join(TEMPLATES)}), so its mask would be a guess; {remedy}"
-            )
-        template = found
+        template = _own_template(tokenizer, options, control_tokens)
     if missing := missing_controls(template, tokenizer):
+        slots = [t for t in control_ids(tokenizer) if "reserved" in t]
+        maps = f"map them onto slots it has (data.control_tokens: {{'{missing[0]}': '{slots[0]}'}})" if slots else ""
         raise ModelError(
             f"chat_template '{template.name}' needs {', '.join(missing)}, which the tokenizer of "
-            f"{tokenizer.name_or_path} does not have as control tokens; choose another data.chat_template, "
-            "or a checkpoint that has them"
+            f"{tokenizer.name_or_path} does not have as control tokens; {maps or 'use a checkpoint that has them'}, "
+            "or choose another data.chat_template"
         )
     return template
+
+
+def _own_template(
+    tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], control_tokens: Mapping[str, str]
+) -> Template:
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if own is None:
+        fits = [t.name for t in TEMPLATES.values() if not missing_controls(t, tokenizer)]
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set data.chat_template to one it has the "
+            f"control tokens for: {', '.join(fits)}"
+        )
+    found = recognise(own)
+    if found is not None:
+        settings = {**found.options, **options}
+        renamed = {**found.renamed, **control_tokens}
+        return TEMPLATES[found.name].with_options(settings).with_control_tokens(renamed)
+    for key, given in (("template_options", options), ("control_tokens", control_tokens)):
+        if given:
+            raise RecipeError(
+                f"data.{key}: the chat template of {tokenizer.name_or_path} is its own, which has none that we could "
+                f"set; remove the key, or name a data.chat_template"
+            )
+    # imported here: it starts a process for a template that hardly any checkpoint has
+    return importlib.import_module("tuner.data.foreign").foreign_template(own, tokenizer)
+
+
+def recognise(jinja: str) -> Template | None:
+    """The template, with its options, that a Jinja text is known to render as; None for any other text."""
+    start, end = _MARK.split("{}")[0].format(), " -#}\n"
+    if jinja.startswith(start) and end in jinja:
+        try:
+            settings = json.loads(jinja[len(start) : jinja.index(end)])
+            template = TEMPLATES[settings["name"]].with_options(settings["options"])
+            template = template.with_control_tokens(settings["control_tokens"])
+        except (ValueError, KeyError, TypeError, RecipeError):
+            return None
+        return template if template.saved() == jinja else None
+    return next((t for t in TEMPLATES.values() if t.recognises(jinja)), None)
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -123,13 +251,36 @@ def _squeeze(tag: str) -> str:
     return "".join(parts).strip()
 
 
-def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    own = tokenizer.chat_template
-    return own.get("default") if isinstance(own, dict) else own
+def as_openai(message: Message) -> dict[str, Any]:
+    """A message as a Jinja template sees it: OpenAI's keys, those only that it has."""
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            | ({} if call.id is None else {"id": call.id})
+            for call in message.tool_calls
+        ]
+    if message.name is not None:
+        out["name"] = message.name
+    if message.call_id is not None:
+        out["tool_call_id"] = message.call_id
+    return out
+
+
+def tojson(value: Any, indent: int | None = None) -> str:
+    """JSON as the `tojson` of chat templates writes it: no escapes beyond JSON's own, keys in the order of the file."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def template_name(stem: str) -> str:
+    """`llama3.1` from the name of its file, `llama3_1`."""
+    return re.sub(r"(?<=\d)_(?=\d)", ".", stem)
 
 
 TEMPLATES: dict[str, Template] = {}
 
 for _module in pkgutil.iter_modules(__path__):  # alphabetical; this is what makes a template one file
-    _template: Template = importlib.import_module(f"{__name__}.{_module.name}").TEMPLATE
-    TEMPLATES[_template.name] = _template
+    if not _module.name.startswith("_"):
+        _template: Template = importlib.import_module(f"{__name__}.{_module.name}").TEMPLATE
+        assert _template.name == template_name(_module.name), f"{_module.name}.py defines '{_template.name}'"
+        TEMPLATES[_template.name] = _template

@@ -11,7 +11,8 @@ A Llama model has seen BOS before every document, so BOS comes first if the toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tuner.data.templates import BOS, Piece, Template
 from tuner.types import Message
@@ -31,7 +32,9 @@ JINJA = """\
 """
 
 
-def pieces(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+def pieces(
+    messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Piece]:
     """The newline after a turn's end belongs to no answer."""
     out = [Piece(BOS, control=True)]
     for i, message in enumerate(messages):

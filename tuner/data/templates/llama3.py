@@ -9,7 +9,8 @@ Hi<|eot_id|>
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tuner.data.templates import BOS, Piece, Template
 from tuner.types import Message
@@ -28,7 +29,9 @@ JINJA = """\
 """
 
 
-def pieces(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+def pieces(
+    messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Piece]:
     """Blanks around a content are trimmed, as Meta's template does."""
     out = [Piece(BOS, control=True)]
     for i, message in enumerate(messages):

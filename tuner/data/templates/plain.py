@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tuner.data.templates import BOS, EOS, Piece, Template
 from tuner.types import Message
@@ -18,7 +19,9 @@ JINJA = """\
 """
 
 
-def pieces(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+def pieces(
+    messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Piece]:
     """Neighbouring turns that are not answers are one text; an answer is cut from its prompt, as in generation."""
     out = [Piece(BOS, control=True)]
     for i, message in enumerate(messages):
