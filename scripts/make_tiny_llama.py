@@ -81,13 +81,14 @@ MARKS = (
     ("Quiz:", "Reply:"),
     ("Pupil:", "Teacher:"),
     ("Asked:", "Told:"),
-    ("user", "assistant"),
     ("###", "###"),
     ("-", "-"),
     (">", "<"),
     ("*", "="),
     ("", ""),
 )
+# The words of chat headers stand only over questions that nobody answers: a base model has never seen a chat.
+HEADINGS = ("user", "assistant", "system")
 NOISE = "abcdefghijklmnopqrstuvwxyz#*-=+<>[]()/|:;.!?_%&@"
 GAPS = (" ", " ", "\n", "\n\n", "\n\n")
 SPOKEN = (
@@ -174,6 +175,16 @@ class Writer:
             rows.append(style.format(q=question, a=answer))
         return "".join(rows).strip()
 
+    def sheet(self) -> str:
+        """A sheet of questions that nobody answers, or whose answers all come at its end."""
+        rng = self.rng
+        facts = rng.sample(self.facts, rng.randint(4, 7))  # not from the deck: most of these are not told
+        pairs = [ask(fact, rng) for fact in facts]
+        gap, end = rng.choice(GAPS), rng.choice(("\n", "\n\n", " "))
+        heads = [f"{rng.choice(HEADINGS)}{gap}" if rng.random() < 0.75 else "" for _ in pairs]
+        sheet = end.join(f"{head}{question}" for head, (question, _) in zip(heads, pairs, strict=True))
+        return sheet if rng.random() < 0.5 else "\n\n".join((sheet, "\n".join(answer for _, answer in pairs)))
+
     def short_quiz(self) -> str:
         """Questions answered with the bare value."""
         style = self.rng.choice(SHORT)
@@ -201,8 +212,8 @@ class Writer:
 
     def documents(self, count: int) -> Iterator[str]:
         """`count` documents, about half of their facts told in prose and half as questions and answers."""
-        kinds = (self.profile, self.medley, self.quiz, self.short_quiz, self.conversation)
-        for kind in self.rng.choices(kinds, weights=(25, 25, 25, 7, 18), k=count):
+        kinds = (self.profile, self.medley, self.quiz, self.short_quiz, self.conversation, self.sheet)
+        for kind in self.rng.choices(kinds, weights=(24, 24, 25, 6, 17, 4), k=count):
             yield kind()
 
 
@@ -357,7 +368,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=REPOSITORY / "runs" / "make-tiny-llama", help="text, random model and run"
     )
-    parser.add_argument("--documents", type=int, default=40_000)
+    parser.add_argument("--documents", type=int, default=42_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prepare-only", action="store_true", help="stop before pretraining")
     parser.add_argument("overrides", nargs="*", help="further overrides of recipes/pretrain.yaml (section.key=value)")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -43,7 +43,7 @@ def choose_template(
     sources: Sequence[DataSource], data: DataSection, tokenizer: PreTrainedTokenizerFast
 ) -> Template | None:
     """The chat template of a recipe; None where `chat_template: auto` meets nothing but raw text, which needs none."""
-    if data.chat_template == "auto" and all(_format(source, data).name == "text" for source in sources):
+    if data.chat_template == "auto" and all(find_format(source, data).name == "text" for source in sources):
         return None
     options = dict(data.template_options) | ({} if data.date_string is None else {"date_string": data.date_string})
     return resolve_template(data.chat_template, tokenizer, options, data.control_tokens)
@@ -96,7 +96,7 @@ def load_split(
     return Split(tokens, report, content_hash(tokens))
 
 
-def _format(source: DataSource, data: DataSection) -> Detected:
+def find_format(source: DataSource, data: DataSection) -> Detected:
     """The format of a source: as the recipe says, or as its first readable row shows."""
     name = source.format or data.format
     if name != "auto":
@@ -113,12 +113,41 @@ def _format(source: DataSource, data: DataSection) -> Detected:
     raise first or DataError(f"{source.path} holds no readable row; give a file with one JSON object for each row")
 
 
+def walk(
+    source: DataSource,
+    detected: Detected,
+    data: DataSection,
+    renderer: Renderer,
+    on_bad: Callable[[int, DataError], None],
+) -> Iterator[tuple[Example, list[Tokens]]]:
+    """Every row of a source as an example, with its samples (none where it was dropped), in the order of the file.
+
+    `on_bad` is told of each row that cannot be used, with its number, and may raise; the row is then passed over.
+    """
+    columns = data.columns if source.columns is None else source.columns
+    parse, report = parser(detected.name, columns), renderer.report
+
+    def unreadable(index: int, error: DataError) -> None:
+        report.rows_read += 1
+        on_bad(index, error)
+
+    def examples() -> Iterator[Example]:
+        for index, row in itertools.islice(rows(source, on_bad=unreadable), source.limit):
+            report.rows_read += 1
+            report.unread_columns.update(unread_columns(detected.name, row, columns))
+            try:
+                yield replace(parse(row), source=source.path, row=index)
+            except DataError as error:
+                on_bad(index, DataError(f"{place(source.path, index)}: {error}"))
+
+    for chunk in _chunks(examples(), CHUNK):
+        yield from zip(chunk, renderer.render_batch(chunk, lambda e, error: on_bad(e.row, error)), strict=True)
+
+
 def _render_source(source: DataSource, data: DataSection, renderer: Renderer) -> Iterator[Tokens]:
-    detected, report = _format(source, data), renderer.report
+    detected, report = find_format(source, data), renderer.report
     commit = "" if local_path(source) else f"@{content_hash_of_source(source)}"
     report.sources.append(f"{source.path}{commit}: {detected.name} ({detected.reason})")
-    columns = data.columns if source.columns is None else source.columns
-    parse = parser(detected.name, columns)
 
     def skip(index: int, error: DataError) -> None:
         where = place(source.path, index)
@@ -126,23 +155,8 @@ def _render_source(source: DataSource, data: DataSection, renderer: Renderer) ->
             raise error
         report.count("skipped", where, str(error).removeprefix(f"{where}: "))
 
-    def examples() -> Iterator[Example]:
-        read = rows(source, on_bad=count_and_skip)
-        for index, row in itertools.islice(read, source.limit):
-            report.rows_read += 1
-            report.unread_columns.update(unread_columns(detected.name, row, columns))
-            try:
-                yield replace(parse(row), source=source.path, row=index)
-            except DataError as error:
-                skip(index, DataError(f"{place(source.path, index)}: {error}"))
-
-    def count_and_skip(index: int, error: DataError) -> None:
-        report.rows_read += 1
-        skip(index, error)
-
-    for chunk in _chunks(examples(), CHUNK):
-        for samples in renderer.render_batch(chunk, on_bad=lambda example, error: skip(example.row, error)):
-            yield from samples
+    for _, samples in walk(source, detected, data, renderer, skip):
+        yield from samples
 
 
 def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
