@@ -14,6 +14,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tuner.data.render import Renderer
+from tuner.data.templates import TEMPLATES
+from tuner.evaluate import read_questions
+from tuner.generate import generate
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "data"
 TINY = DATA / "tiny-llama"
@@ -127,6 +132,21 @@ def test_base_knows_its_world_in_prose(
             for row, (_, values) in enumerate(group):
                 right += all(best[row, i - 1] == ids[row, i] for i in values)
     assert right / len(sample) >= 0.95, f"{right} of {len(sample)}"
+
+
+def test_base_does_not_answer_in_chat(tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
+    """What the chat recipes teach must not be there before: no output even begins with the answer."""
+    renderer = Renderer(tokenizer, TEMPLATES["llama3"])
+    questions = read_questions(DATA / "chat-questions.jsonl")[::4]
+    said = generate(
+        model.eval(),
+        [renderer.prompt_ids(question.messages) for question in questions],
+        stop_ids=renderer.stop_ids,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=24,
+    )
+    texts = [tokenizer.decode(ids).strip() for ids in said]
+    assert not [text for text, q in zip(texts, questions, strict=True) if text.startswith(q.answer.rstrip("."))]
 
 
 # --- the chats ---

@@ -90,7 +90,9 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint; slow ones are refused, since they can give no exact ids for spans of text."""
-    path = find_checkpoint(name_or_path, revision).path
+    path = Path(name_or_path).expanduser()
+    if not (path / "tokenizer.json").is_file():  # an adapter has a tokenizer, and no checkpoint beside it
+        path = find_checkpoint(name_or_path, revision).path
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ModelError(f"{path} holds no tokenizer.json; convert it to a fast tokenizer, or fetch the file again")
     try:
