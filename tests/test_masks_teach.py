@@ -107,25 +107,27 @@ def test_train_false_is_not_learned(tmp_path: Path) -> None:
     assert share(said, "No idea.") <= 0.1, said
 
 
-@pytest.mark.parametrize(("ghost", "least", "most"), [(True, 0.9, 1.0), (False, 0.0, 0.1)])
-def test_ghost_attention_makes_an_instruction_hold(ghost: bool, least: float, most: float, tmp_path: Path) -> None:
-    """The instruction asks for a bell before each answer. As sampled, it stands in every user turn, and only the last
-    answer obeys it. Asked with the instruction at the beginning alone, who was trained with the option still obeys.
-    """
-    bell = "Ring a bell before you answer."
+def ghost_rows(bell: str) -> list[list[Turn]]:
+    """Dialogues as the paper samples them: the instruction in every user turn, and only the last answer obeys it. Three
+    of four have a turn more. Beside each stands one without an instruction."""
     rows = []
-    for (first, said_first), (question, answer) in zip(PAIRS[:NUM_ROWS], PAIRS[NUM_ROWS:], strict=False):
-        rows.append(
-            [
-                *(system(bell), user(f"{bell}\n\n{first}"), assistant(said_first)),
-                *(user(f"{bell}\n\n{question}"), assistant(f"Ding! {answer}")),
-            ]
-        )
-        rows.append([user(first), assistant(said_first), user(question), assistant(answer)])
+    for i, ((first, said), (second, says)) in enumerate(zip(PAIRS[:NUM_ROWS], PAIRS[NUM_ROWS:], strict=False)):
+        third, answer = PAIRS[i + NUM_ROWS // 2]
+        turns = [(first, said), (second, says), (third, answer)][: 2 if i % 4 == 0 else 3]
+        told = [m for q, a in turns for m in (user(f"{bell}\n\n{q}"), assistant(a))]
+        rows.append([system(bell), *told[:-1], assistant(f"Ding! {turns[-1][1]}")])
+        rows.append([m for q, a in turns for m in (user(q), assistant(a))])
+    return rows
+
+
+@pytest.mark.parametrize(("ghost", "least", "most"), [(True, 0.9, 1.0), (False, 0.0, 0.4)])
+def test_ghost_attention_makes_an_instruction_hold(ghost: bool, least: float, most: float, tmp_path: Path) -> None:
+    """The instruction asks for a bell before each answer. Said once, at the beginning, it is obeyed in the second turn
+    by who was trained with the option; without it the model has learned the earlier answers too, which do not obey."""
+    bell = "Ring a bell before you answer."
     prompts = [
-        [system(bell), user(first), assistant(said_first), user(question)]
-        for (first, said_first), (question, _) in zip(PAIRS[:NUM_QUESTIONS], PAIRS[NUM_ROWS:], strict=False)
+        [system(bell), user(first), assistant(said), user(second)]
+        for (first, said), (second, _) in zip(PAIRS[:NUM_QUESTIONS], PAIRS[NUM_ROWS:], strict=False)
     ]
-    key = f"data.ghost_attention={str(ghost).lower()}"
-    said = answers(tmp_path, rows, prompts, key)
+    said = answers(tmp_path, ghost_rows(bell), prompts, f"data.ghost_attention={str(ghost).lower()}")
     assert least <= share(said, "Ding!") <= most, said

@@ -68,12 +68,21 @@ def test_a_prompt_is_answered_as_plain_transformers_would(
 
 def test_a_system_message_comes_first_and_changes_the_prompt(tiny_model_dir: Path) -> None:
     answer = ask(tiny_model_dir, system="Be brief.")
-    assert answer.messages == (Message("system", "Be brief."), Message("user", "What is the capital?"))
+    assert answer.prompt.messages == (Message("system", "Be brief."), Message("user", "What is the capital?"))
+
+
+def test_ghost_attention_asks_with_the_system_message_in_every_turn(tiny_model_dir: Path) -> None:
+    haunted = ask(tiny_model_dir, system="Be brief.", ghost_attention=True)
+    spelled = ask(tiny_model_dir, "Be brief.\n\nWhat is the capital?", system="Be brief.")
+    assert haunted.text == spelled.text != ask(tiny_model_dir, system="Be brief.").text
+    assert haunted.prompt.messages == (Message("system", "Be brief."), Message("user", "What is the capital?"))
+    with pytest.raises(UserError, match="there is none; give --system too"):
+        ask(tiny_model_dir, ghost_attention=True)
 
 
 def test_raw_continues_text_without_a_template(tiny_model_dir: Path) -> None:
     answer = ask(tiny_model_dir, "The cat", raw=True, chat_template=None)
-    assert answer.messages == (Message("text", "The cat"),)
+    assert answer.prompt.messages == (Message("text", "The cat"),)
     with pytest.raises(UserError, match="--system has no effect with --raw"):
         ask(tiny_model_dir, raw=True, system="x")
 

@@ -34,7 +34,6 @@ from tuner.model import quantize
 from tuner.model.adapter import AdapterMeta, load_adapter, read_meta, read_peft_config, saved_keys
 from tuner.model.load import (
     DTYPES,
-    base_fingerprint,
     find_checkpoint,
     load_base,
     load_tokenizer,
@@ -165,17 +164,7 @@ class Source:
 
 def _source(directory: Path, run: Path | None, base: str | None) -> Source:
     meta, warnings = _meta(directory)
-    section = _section(meta, base)
-    try:
-        found = base_fingerprint(section.name_or_path, section.revision) if meta.base_sha256 else ""
-    except ModelError as error:
-        raise ModelError(f"the base of {directory} cannot be used ({error}); say where it is with --base") from None
-    if found != meta.base_sha256:
-        raise ModelError(
-            f"{directory} was trained on another base: {section.name_or_path} has sha256 {found[:12]}..., the "
-            f"adapter's base had {meta.base_sha256[:12]}...; give the right one with --base"
-        )
-    return Source(directory, run, meta, section, warnings)
+    return Source(directory, run, meta, meta.base_section(base, "float32"), warnings)
 
 
 def find_adapter(path: Path) -> tuple[Path, Path | None]:
@@ -230,21 +219,6 @@ def _meta(directory: Path) -> tuple[AdapterMeta, tuple[str, ...]]:
         "quantised, could not be checked"
     )
     return AdapterMeta(base, config.get("revision"), "", None, "", ()), (warning,)
-
-
-def _section(meta: AdapterMeta, base: str | None) -> ModelSection:
-    """The base as it was trained on; it is read in fp32, or in the dtype it was quantised from."""
-    name, revision = (base, None) if base else (meta.base, meta.revision)
-    if meta.quantization is None:
-        return ModelSection(name_or_path=name, revision=revision, dtype="float32")
-    return ModelSection(
-        name_or_path=name,
-        revision=revision,
-        dtype=str(meta.quantization["compute_dtype"]).removeprefix("torch."),  # type: ignore[arg-type]
-        load_in_4bit=True,
-        bnb_4bit_quant_type=meta.quantization["type"],
-        bnb_4bit_use_double_quant=meta.quantization["double_quant"],
-    )
 
 
 def _refuse_tied(base: PreTrainedModel, directory: Path) -> None:

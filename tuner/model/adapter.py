@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuner.errors import ModelError, RecipeError, first_line
-from tuner.recipe import AdapterSection
+from tuner.model.load import base_fingerprint
+from tuner.recipe import AdapterSection, ModelSection
 from tuner.registry import did_you_mean
 
 ADAPTER = "default"
@@ -37,6 +38,33 @@ class AdapterMeta:
     quantization: dict[str, Any] | None  # {"type", "double_quant", "compute_dtype"}, or None for an unquantised base
     chat_template: str
     stop_ids: tuple[int, ...]
+
+    def base_section(self, moved_to: str | None = None, dtype: Literal["auto", "float32"] = "auto") -> ModelSection:
+        """How to load the base as it was trained on: in `dtype`, or in what it was quantised from.
+
+        Raises:
+            ModelError: the base is not where it was, nor at `moved_to`, or has other weights.
+        """
+        name, revision = (moved_to, None) if moved_to else (self.base, self.revision)
+        try:
+            found = base_fingerprint(name, revision) if self.base_sha256 else ""
+        except ModelError as error:
+            raise ModelError(f"the adapter's base cannot be used ({error}); say where it is with --base") from None
+        if found != self.base_sha256:
+            raise ModelError(
+                f"the adapter was trained on another base: {name} has sha256 {found[:12]}..., the adapter's base had "
+                f"{self.base_sha256[:12]}...; give the right one with --base"
+            )
+        if self.quantization is None:
+            return ModelSection(name_or_path=name, revision=revision, dtype=dtype)
+        return ModelSection(
+            name_or_path=name,
+            revision=revision,
+            dtype=str(self.quantization["compute_dtype"]).removeprefix("torch."),  # type: ignore[arg-type]
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quantization["type"],
+            bnb_4bit_use_double_quant=self.quantization["double_quant"],
+        )
 
 
 def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,17 @@ import torch
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import recipe as recipes
-from tuner.data import source
+from tuner.data import ghost, source
+from tuner.data.formats._functions import tools_of
 from tuner.data.formats.messages import to_messages
 from tuner.data.render import Renderer
 from tuner.data.report import place
-from tuner.data.templates import resolve_template
+from tuner.data.templates import as_openai, resolve_template
 from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
 from tuner.model.adapter import load_adapter, read_meta
 from tuner.model.fuse import fuse
-from tuner.model.load import base_fingerprint, load_base, load_tokenizer, padding_id, resolve_dtype
+from tuner.model.load import load_base, load_tokenizer, padding_id, resolve_dtype
 from tuner.model.policy import Policy
 from tuner.recipe import DataSource, GenerateSection, ModelSection
 from tuner.types import Message
@@ -41,17 +42,26 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends where the assistant is to speak, and the functions it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Answer:
     """What was said to a prompt; `stopped` if it ended by itself and not at max_new_tokens."""
 
-    messages: tuple[Message, ...]
+    prompt: Prompt
     text: str
     stopped: bool
 
     def row(self) -> dict[str, Any]:
         """As a row of JSON Lines."""
-        turns = [{"role": m.role, "content": m.content} for m in self.messages]
-        return {"messages": turns, "answer": self.text, "stopped": self.stopped}
+        tools = {"tools": list(self.prompt.tools)} if self.prompt.tools else {}
+        turns = [as_openai(message) for message in self.prompt.messages]
+        return {"messages": turns, **tools, "answer": self.text, "stopped": self.stopped}
 
 
 def run(
@@ -64,6 +74,7 @@ def run(
     system: str | None = None,
     raw: bool = False,
     chat_template: str | None = None,
+    ghost_attention: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     output: Path | None = None,
@@ -71,9 +82,10 @@ def run(
     """Answers `prompt`, or every prompt of `file`.
 
     Exactly one of `model` and `adapter`, and one of `prompt` and `file`, is given. `base` is where the adapter's base
-    lies now, if it has moved. `raw` continues text without a template. `settings` are keys of the recipe's generate
-    section, on top of those of the run. One answer is printed as text; those of a file are JSON Lines, on stdout or in
-    `output`, which must not exist.
+    lies now, if it has moved. `raw` continues text without a template; `ghost_attention` asks with the system message
+    in every user turn (see `tuner.data.ghost`), and gives the prompts back as they were. `settings` are keys of the
+    recipe's generate section, on top of those of the run. One answer is printed as text; those of a file are JSON
+    Lines, on stdout or in `output`, which must not exist.
 
     Raises:
         UserError: a prompt, a checkpoint, an adapter, a template or a setting that cannot be used.
@@ -85,15 +97,17 @@ def run(
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunDirError(f"--output: the folder of '{output}' cannot be made: {error.strerror}") from None
-    prompts = (
-        read_prompts(file, system, raw) if file is not None else [_with_system((_said(prompt, raw),), system, raw)]
-    )
+    if file is not None:
+        prompts = read_prompts(file, system, raw)
+    else:
+        prompts = [Prompt(_with_system((_said(prompt, raw),), system, raw))]
     subject = find_subject(model, adapter, base)
     chosen = _settings(subject.settings, settings or {})
     tokenizer = load_tokenizer(subject.tokenizer, subject.model.revision)
     template = None if raw else resolve_template(chat_template or subject.chat_template, tokenizer)
     renderer = Renderer(tokenizer, template)
-    ids = [renderer.prompt_ids(messages) for messages in prompts]
+    said = [_haunted(p.messages) if ghost_attention else p.messages for p in prompts]
+    ids = [renderer.prompt_ids(messages, p.tools) for messages, p in zip(said, prompts, strict=True)]
     answers = _answer(_load(subject), renderer, tokenizer, prompts, ids, chosen, seed)
     _write(answers, as_rows=file is not None, output=output)
     cut = sum(not answer.stopped for answer in answers)
@@ -103,7 +117,7 @@ def run(
     return answers
 
 
-def read_prompts(file: Path, system: str | None, raw: bool) -> list[tuple[Message, ...]]:
+def read_prompts(file: Path, system: str | None, raw: bool) -> list[Prompt]:
     """The prompts of a .txt file (one a line), or of a data file with rows of `messages` or `prompt`."""
     if file.suffix == ".txt":
         try:
@@ -115,28 +129,29 @@ def read_prompts(file: Path, system: str | None, raw: bool) -> list[tuple[Messag
         found = [(_said(line, raw),) for line in lines if line.strip()]
         if not found:
             raise DataError(f"{file} holds no prompts")
-        return [_with_system(messages, system, raw) for messages in found]
+        return [Prompt(_with_system(messages, system, raw)) for messages in found]
     prompts = []
     for index, row in source.rows(DataSource(path=str(file))):
         try:
-            prompts.append(_with_system(_prompt(row, raw), system, raw))
+            asked = _prompt(row, raw)
+            prompts.append(replace(asked, messages=_with_system(asked.messages, system, raw)))
         except DataError as error:
             raise DataError(f"{place(str(file), index)}: {error}") from None
     return prompts
 
 
-def _prompt(row: Mapping[str, Any], raw: bool) -> tuple[Message, ...]:
+def _prompt(row: Mapping[str, Any], raw: bool) -> Prompt:
     key = next((key for key in ("messages", "prompt", "text") if key in row), None)
     if key is None:
         raise DataError(f"has none of the keys messages, prompt and text; it has {', '.join(row) or 'none'}")
     if isinstance(row[key], str):
-        return (_said(row[key], raw),)
+        return Prompt((_said(row[key], raw),))
     messages = to_messages(row[key], key)
     if raw:
         raise DataError(f"'{key}' is a list of messages, and --raw continues text; leave out --raw")
     if messages[-1].role == "assistant":
         raise DataError(f"'{key}' ends with the assistant's turn, so there is nothing to answer; remove that turn")
-    return messages
+    return Prompt(messages, tools_of(row, {}))
 
 
 def _said(text: str | None, raw: bool) -> Message:
@@ -161,6 +176,12 @@ def _with_system(messages: tuple[Message, ...], system: str | None, raw: bool) -
     if messages[0].role == "system":
         raise DataError("has a system message of its own; leave out --system")
     return (Message("system", system), *messages)
+
+
+def _haunted(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if not ghost.instruction(messages):
+        raise UserError("--ghost-attention says the system message in every turn, and there is none; give --system too")
+    return ghost.repeated(messages)
 
 
 def find_subject(model: str | None, adapter: Path | None, base: str | None = None) -> Subject:
@@ -199,28 +220,10 @@ def _adapter_subject(given: Path, base: str | None) -> Subject:
             f"--adapter: '{directory}' has no tuner.json, so its base and template are not known for sure; it was not "
             "written by tuner, or is incomplete"
         )
-    name, revision = (base, None) if base is not None else (meta.base, meta.revision)
-    try:
-        same = not meta.base_sha256 or base_fingerprint(name, revision) == meta.base_sha256
-    except ModelError as error:
-        raise ModelError(f"the base of '{directory}' cannot be used ({error}); say where it is with --base") from None
-    if not same:
-        raise ModelError(
-            f"'{directory}' was trained on another base than {name}: the weights differ; give it as --base"
-        )
-    quantization = meta.quantization or {}
-    options: dict[str, Any] = {}
-    if quantization:
-        options = {
-            "load_in_4bit": True,
-            "dtype": str(quantization["compute_dtype"]).removeprefix("torch."),
-            "bnb_4bit_quant_type": quantization["type"],
-            "bnb_4bit_use_double_quant": quantization["double_quant"],
-        }
-    section = ModelSection(name_or_path=name, revision=revision, **options)
+    section = meta.base_section(base)
     # The tokenizer beside the adapter carries the very template that trained, with its options.
     beside = (directory / "tokenizer.json").is_file()
-    template, tokenizer = ("auto", str(directory)) if beside else (meta.chat_template, name)
+    template, tokenizer = ("auto", str(directory)) if beside else (meta.chat_template, section.name_or_path)
     return Subject(section, directory, template, tokenizer, _run_settings(directory.parent))
 
 
@@ -254,7 +257,7 @@ def _answer(
     policy: Policy,
     renderer: Renderer,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[tuple[Message, ...]],
+    prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
     settings: GenerateSection,
     seed: int,
@@ -263,10 +266,10 @@ def _answer(
     with policy.generation_mode() as lm:
         rows = generate(lm, ids, stop_ids=stop_ids, pad_id=padding_id(tokenizer), seed=seed, **settings.model_dump())
     answers = []
-    for messages, row in zip(prompts, rows, strict=True):
+    for prompt, row in zip(prompts, rows, strict=True):
         stopped = row[-1] in stop_ids
         text = tokenizer.decode(row[:-1] if stopped else row, clean_up_tokenization_spaces=False)
-        answers.append(Answer(messages, str(text), stopped))
+        answers.append(Answer(prompt, str(text), stopped))
     return answers
 
 
