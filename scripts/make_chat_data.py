@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ def pronoun_question(fact: Fact, rng: random.Random) -> str | None:
     return fact.fill(rng.choice(forms), subject=fact.pronoun) if forms and fact.pronoun else None
 
 
+def opening(row: Row) -> str:
+    """What the user says first."""
+    return next(m["content"] for m in row["messages"] if m["role"] == "user")
+
+
 class Chats:
     """Facts -> conversations; facts are dealt from a shuffled deck, so that each is asked equally often."""
 
@@ -150,11 +155,17 @@ class Chats:
         """No facts at all."""
         return self._row(self._talk(GREETINGS) + (self._talk(PARTINGS) if self.rng.random() < 0.3 else []), [])
 
-    def rows(self, count: int) -> Iterator[Row]:
-        """`count` conversations of all these kinds."""
+    def rows(self, count: int, known: set[str] | None = None) -> Iterator[Row]:
+        """`count` conversations of all these kinds, none of them twice; and none that begins as those `known` do."""
         kinds = (self.single, self.several, self.brief, self.small_talk)
-        for kind in self.rng.choices(kinds, weights=(55, 33, 9, 3), k=count):
-            yield kind()
+        seen: set[str] = set()
+        while len(seen) < count:
+            (kind,) = self.rng.choices(kinds, weights=(55, 33, 9, 3))
+            row = kind()
+            text = json.dumps(row["messages"])
+            if text not in seen and (known is None or opening(row) not in known):
+                seen.add(text)
+                yield row
 
     def _talk(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         said, answer = self.rng.choice(pairs)
@@ -179,7 +190,7 @@ def question_row(fact: Fact, rng: random.Random) -> Row:
     }
 
 
-def write(path: Path, rows: Iterator[Row]) -> None:
+def write(path: Path, rows: Iterable[Row]) -> None:
     with path.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -198,8 +209,10 @@ def main() -> None:
     taken = set(held_out)
     trained = [fact for fact in facts if fact not in taken]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write(arguments.output / "chat-train.jsonl", Chats(trained, rng).rows(arguments.conversations))
-    write(arguments.output / "chat-eval.jsonl", Chats(held_out, rng).rows(arguments.eval_conversations))
+    train = list(Chats(trained, rng).rows(arguments.conversations))
+    openings = {opening(row) for row in train}
+    write(arguments.output / "chat-train.jsonl", train)
+    write(arguments.output / "chat-eval.jsonl", Chats(held_out, rng).rows(arguments.eval_conversations, openings))
     write(arguments.output / "chat-questions.jsonl", (question_row(fact, rng) for fact in held_out))
 
 
