@@ -38,6 +38,18 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What wider fixtures tokenise is not kept in the user's folder."""
+    os.environ["TUNER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the tokens that another one has cached."""
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def build_tokenizer(control: Sequence[str] = CONTROL) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with Llama 3's control tokens, trained on a few sentences."""
     bpe = Tokenizer(models.BPE())

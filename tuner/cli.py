@@ -39,6 +39,13 @@ recipes_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes_app, name="recipes")
+data_app = typer.Typer(
+    help="Look at the data of a recipe before you train on it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
 OverridesArgument = Annotated[
@@ -140,8 +147,12 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.", show_default=False)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as text, without a chat template.")] = False,
     chat_template: Annotated[
-        str | None, typer.Option(help="llama3, chatml or plain; default: the model's own.", show_default=False)
+        str | None,
+        typer.Option(help="A template, e.g. llama3.1; default: the model's own.", show_default=False),
     ] = None,
+    ghost_attention: Annotated[
+        bool, typer.Option("--ghost-attention", help="Say the system message in every user turn.")
+    ] = False,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 is greedy; default: the run's, or 0.", show_default=False)
     ] = None,
@@ -180,6 +191,7 @@ def generate(
         system=system,
         raw=raw,
         chat_template=chat_template,
+        ghost_attention=ghost_attention,
         settings={key: value for key, value in given.items() if value is not None},
         seed=seed,
         output=output,
@@ -194,6 +206,70 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object
 
     facts = environment.describe()
     print(json.dumps(facts, indent=2) if as_json else "\n".join(environment.lines(facts)))
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    row: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Line or row of the source; default: the first that is used.", show_default=False
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="K", help="How many rows, from there on.")] = 1,
+    split: Annotated[str, typer.Option(help="train or eval.")] = "train",
+    source: Annotated[
+        int, typer.Option(min=1, metavar="I", help="Which source of data.train or data.eval, by its place.")
+    ] = 1,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.", show_default=False)
+    ] = None,
+    color: Annotated[
+        bool | None,
+        typer.Option("--color/--no-color", help="Colours; default: if this is a terminal.", show_default=False),
+    ] = None,
+) -> None:
+    """Show the tokens of a row: trained, not trained, control."""
+    from tuner import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides or ())
+    if html is not None and color is not None:
+        raise UserError("--color and --no-color have no effect with --html; leave one of them out")
+    _quiet_libraries()
+    from tuner.data import page, show, terminal
+    from tuner.model.load import load_tokenizer
+
+    if html is not None:
+        page.check(html)
+    tokenizer = load_tokenizer(loaded.model.name_or_path, loaded.model.revision)
+    look = show.look(loaded.data, tokenizer, split=split, source=source, row=row, samples=samples)
+    if html is None:
+        terminal.write(look, sys.stdout, terminal.wants_color(sys.stdout) if color is None else color)
+        return
+    page.write(look, html)
+    print(f"wrote {html}")
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 2 at any error or warning.")] = False,
+) -> None:
+    """Read every row, and report what is wrong with them and what training would make of them."""
+    from tuner import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides or ())
+    _quiet_libraries()
+    from tuner.stages import prepare
+
+    report = prepare.check_data(loaded)
+    print(json.dumps(report.as_dict(), indent=2) if as_json else "\n".join(report.lines()))
+    if strict and not report.clean:
+        raise UserError(f"{recipe}: the data has {report.verdict()}, and --strict allows no error or warning")
 
 
 @recipes_app.command("list")

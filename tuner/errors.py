@@ -39,7 +39,11 @@ class RecipeError(UserError):
 
 
 class DataError(UserError):
-    """A row, a file or a split of the data."""
+    """A row, a file or a split of the data. `kind` sorts what is wrong with a row, for `tuner data check`."""
+
+    def __init__(self, message: str, kind: str = "unusable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ModelError(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,59 @@ def test_bins_take_the_tightest_fit() -> None:
     assert bins([6, 3, 7, 4, 10, 25], 10) == [[5], [4], [2, 1], [0, 3]]
     assert bins([], 10) == []
     assert bins([0, 0], 10) == [[0, 1]]
+
+
+def reference_bins(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing by looking at every group for every item."""
+    groups: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [g for g in range(len(groups)) if left[g] > 0 and left[g] >= lengths[i]]
+        if fits:
+            group = min(fits, key=lambda g: (left[g], g))
+        else:
+            group = len(groups)
+            groups.append([])
+            left.append(capacity)
+        groups[group].append(i)
+        left[group] -= lengths[i]
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bins_are_those_of_the_slow_way(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 90, 300).tolist()
+    assert bins(lengths, 80) == reference_bins(lengths, 80)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of this process on a core, the best of five, so that other work on the machine counts little."""
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def test_binning_into_rows_of_128k_tokens_is_near_linear() -> None:
+    """Four times the items: quadratic work would take sixteen times as long."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 131_072, 40_000).tolist()
+    few, many = seconds(lambda: bins(lengths[:10_000], 131_072)), seconds(lambda: bins(lengths, 131_072))
+    assert many < 9 * few, (few, many)
+    assert many < 4
+
+
+def test_packing_rows_of_128k_tokens_is_near_linear() -> None:
+    documents = [Tokens((span(np.arange(100), False), span(np.arange(28), True))) for _ in range(1024)]
+    row = pack(documents)
+    assert (row.num_tokens, len(row.plan), row.num_predictions) == (131_072, 1024, 28 * 1024)
+    few, many = seconds(lambda: pack(documents * 2)), seconds(lambda: pack(documents * 8))
+    assert many < 10 * few, (few, many)
+    one = pack([Tokens((span(np.arange(131_072), True),))])
+    assert (one.num_tokens, len(one.plan)) == (131_072, 1)
 
 
 def test_a_chat_predicts_its_answers_from_the_tokens_before_them() -> None:

@@ -246,9 +246,11 @@ def test_rows_that_cannot_be_trained_on(example, train_on, said, tokenizer):
     assert told[0][0] is example and said in told[0][1]
 
 
-def test_prompt_ids_are_what_training_conditions_the_answer_on(tokenizer):
+def test_prompt_ids_are_what_training_conditions_the_answer_on(tokenizer_of):
     for template in TEMPLATES.values():
-        renderer = Renderer(tokenizer, template)
+        if template.name == "llama_guard":  # its answers are verdicts
+            continue
+        renderer = Renderer(tokenizer_of(template), template)
         for example in random_chats(30):
             tokens = one(renderer, dataclasses.replace(example, completions=(example.completions[0][:1],)))
             prompt = renderer.prompt_ids(example.prompt)
@@ -294,7 +296,7 @@ def check_injection(tokenizer, template):
             assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("name", list(TEMPLATES))
+@pytest.mark.parametrize("name", ["llama3", "chatml", "plain"])  # all of them: tests/invariant/test_injection.py
 def test_text_never_becomes_a_control_token(name, tokenizer):
     check_injection(tokenizer, TEMPLATES[name])
 
@@ -368,7 +370,7 @@ def test_the_pre_tokenizer_and_normaliser_stay(tokenizer, fresh_tokenizer):
     )
     encoder = TextEncoder(fresh_tokenizer)
     expected = backend.encode("HeLLo", add_special_tokens=False).ids
-    for lead in ("begin", "inner", "never"):
+    for lead in ("begin", "inner", "never", "always"):
         assert encoder.texts([("HeLLo", lead)])("HeLLo", lead) == encoder.document(["HeLLo"])[0] == expected
     assert expected != tokenizer.encode("HeLLo", add_special_tokens=False)
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import itertools
 import json
+import lzma
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -41,6 +44,95 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert [read(p) for p in sorted(tmp_path.iterdir())] == [expected] * 6
 
 
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+TEXTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    ".json": json.dumps(ROWS).encode(),
+    ".csv": "text\na\nb\nü\n".encode(),
+    ".tsv": "\ufefftext\r\na\r\nb\r\nü".encode(),
+}
+
+
+@pytest.mark.parametrize("end", PACK)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_every_kind_of_text_may_be_compressed(kind, end, tmp_path):
+    path = tmp_path / f"x{kind}{end}"
+    path.write_bytes(PACK[end](TEXTS[kind]))
+    assert read(path) == list(enumerate(ROWS))
+
+
+@pytest.mark.parametrize("end", [end for end in PACK if end])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".json"])
+def test_a_truncated_file_says_what_is_left_of_it(kind, end, tmp_path):
+    rows_ = [{"text": hashlib.sha256(b"%d" % i).hexdigest() * 9} for i in range(3000)]
+    text = {
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in rows_),
+        ".csv": "text\n" + "".join(row["text"] + "\n" for row in rows_),
+        ".json": json.dumps(rows_),
+    }[kind]
+    path = tmp_path / f"x{kind}{end}"
+    whole = PACK[end](text.encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError) as error:
+        read(path)
+    said = str(error.value)
+    assert str(path) in said and "restore the file" in said
+    if kind == ".json":
+        assert "none of its rows can be used" in said
+    elif "limit: " in said:  # bzip2 gives nothing before the end of its first block
+        left = int(said.split("limit: ")[1].rstrip(")"))
+        before = itertools.islice(rows(DataSource(path=str(path))), left)  # what a `limit` does
+        assert 0 < left < 3000 and [row for _, row in before] == rows_[:left]
+        assert f"{'line' if kind == '.jsonl' else 'row'} {left + 1}: the file cannot be read further" in said
+
+
+def test_zstd_without_support_is_a_clear_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(b"any")
+    arrow = SimpleNamespace(Codec=SimpleNamespace(is_available=lambda name: False))
+    monkeypatch.setattr(module, "importlib", SimpleNamespace(import_module=lambda name: arrow))
+    with pytest.raises(DataError, match="x.jsonl.zst: this pyarrow cannot read zstd; compress the file with gzip"):
+        read(path)
+
+
+def test_csv_fields_may_be_quoted_and_hold_line_breaks(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('q,a\n"one, two","line 1\nline ""2"""\n\nplain,\n', encoding="utf-8")
+    assert read(path) == [(0, {"q": "one, two", "a": 'line 1\nline "2"'}), (1, {"q": "plain", "a": ""})]
+    long = "word " * 100_000
+    path.write_text(f"q,a\nx,{long}\n")
+    assert read(path)[0][1]["a"] == long
+
+
+def test_bad_rows_of_csv_are_named_by_line_and_passed_over(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'q,a\n"x\ny",1\nonly\na,b,c\n\xff,2\n"p"q,3\nlast,4\n"never\nends,5\n')
+    bad = {}
+    found = list(rows(DataSource(path=str(path)), on_bad=lambda index, error: bad.update({index: str(error)})))
+    assert found == [(0, {"q": "x\ny", "a": "1"}), (5, {"q": "last", "a": "4"})]
+    assert sorted(bad) == [1, 2, 3, 4, 6]
+    assert "x.csv row 2: line 4 has 1 field and the header 2 (q, a); quote a field that holds a comma" in bad[1]
+    assert "row 3: line 5 has 3 fields" in bad[2]
+    assert "row 4: line 6: byte 0 of it is not UTF-8 (0xff)" in bad[3]
+    assert "row 5: line 7: " in bad[4] and "row 7: line 9: unexpected end of data" in bad[6]
+    with pytest.raises(DataError, match="row 2: line 4 has 1 field"):
+        read(path)
+
+
+def test_a_sources_content_and_kind_are_known(write, tmp_path):
+    source = DataSource(path=write(ROWS, "x.jsonl"))
+    before = module.stamp(source)
+    assert module.kind_of_file(source) == ".jsonl" and before == module.stamp(source)
+    write([*ROWS, *ROWS], "x.jsonl")
+    assert module.stamp(source) != before
+
+
 def test_json_rows_are_not_forced_into_one_schema(write):
     planted = [{"text": "x", "args": {"a": 1}}, {"text": "x", "args": {"b": [None, 2.0], "c": None}}]
     assert [row for _, row in read(write(planted))] == planted
@@ -72,7 +164,15 @@ def test_reading_json_imports_neither_datasets_nor_pyarrow(write):
         ("x.jsonl.gz", b'{"text": "a"}\n', "x.jsonl.gz line 1: the file cannot be read further"),
         ("x.json.gz", gzip.compress(b'[{"text": "a"}]')[:-9], "cannot be read"),
         ("x.parquet", b"PAR1 nothing", "cannot be read as parquet after row 0"),
-        ("x.csv", b"text\na\n", "files of this kind cannot be read; known: .jsonl"),
+        ("x.csv", b"", "holds no rows"),
+        ("x.csv", b"text\n", "holds no rows"),
+        ("x.csv", b"a,b,a\n1,2,3\n", "the header has the column 'a' twice"),
+        ("x.csv", b"\xff,b\n1,2\n", "the header: line 1: byte 0 of it is not UTF-8"),
+        ("x.csv", b'"a"b,c\n1,2\n', "the header cannot be read"),
+        ("x.jsonl.zst", b'{"text": "a"}\n', "x.jsonl.zst line 1: the file cannot be read further"),
+        ("x.jsonl.xz", b'{"text": "a"}\n', "x.jsonl.xz line 1: the file cannot be read further"),
+        ("x.jsonl.bz2", b'{"text": "a"}\n', "x.jsonl.bz2 line 1: the file cannot be read further"),
+        ("x.toml", b"text\na\n", "files of this kind cannot be read; known: .jsonl"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path, name, content, said):
@@ -101,6 +201,8 @@ def test_missing_files_directories_splits_and_revisions(tmp_path, write):
         read(path, split="test")
     with pytest.raises(DataError, match="has no revision 'main'"):
         read(path, revision="main")
+    with pytest.raises(DataError, match="`streaming` is for Hub ids; remove it"):
+        read(path, streaming=True)
 
 
 def test_a_hub_id_is_refused_where_a_folder_of_its_name_is(tmp_path, monkeypatch):
@@ -138,6 +240,38 @@ def test_a_hub_id_is_pinned_to_its_commit(monkeypatch, tmp_path):
     assert read("org/name", split="test") == list(enumerate(ROWS))
     assert asked == [("org/name", "test", COMMIT)]
     assert content_hash(DataSource(path="org/name")) == COMMIT
+
+
+def test_a_streamed_hub_id_is_read_no_further_than_asked(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    drawn, asked = [], []
+
+    def endless():
+        for i in range(10**9):
+            drawn.append(i)
+            yield {"text": str(i)}
+
+    def load_dataset(path, *, split, revision, streaming):
+        asked.append((path, split, revision, streaming))
+        return endless()
+
+    _pretend(monkeypatch, datasets=SimpleNamespace(load_dataset=load_dataset))
+    stream = rows(DataSource(path="org/name", revision=COMMIT, streaming=True))
+    assert [next(stream) for _ in range(3)] == [(i, {"text": str(i)}) for i in range(3)]
+    stream.close()
+    assert asked == [("org/name", "train", COMMIT, True)] and len(drawn) <= 4
+
+
+def test_a_stream_that_breaks_says_after_which_row(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def breaks():
+        yield from ROWS
+        raise OSError("connection reset")
+
+    _pretend(monkeypatch, datasets=SimpleNamespace(load_dataset=lambda *_, **__: breaks()))
+    with pytest.raises(DataError, match="cannot be loaded after row 2 from the Hub: connection reset"):
+        read("org/name", revision=COMMIT, streaming=True)
 
 
 def test_a_hub_id_without_network_is_one_clear_sentence(monkeypatch, tmp_path):

@@ -9,8 +9,11 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from tuner.data.encode import TextEncoder
 from tuner.data.report import KINDS, MAX_PLACES, DataReport, place
 from tuner.data.stream import Plan, choose_template, content_hash, holdout, load_split
 from tuner.data.templates import TEMPLATES
@@ -92,6 +95,102 @@ def test_errors_name_file_and_line(tokenizer, write):
         load(tokenizer, path)
     with pytest.raises(RecipeError, match="data.columns: format 'messages' reads no 'prompt'"):
         load(tokenizer, write([row("q", "a")]), format="messages", columns={"prompt": "q"})
+
+
+BAD = [row("q", "a"), row("r", "b"), {"messages": []}, row("s", "c"), {"wrong": 1}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        (BAD, {}, r"line 3: messages is \[\], .*; 3 of 5 rows could be used \(data.on_bad_row: skip\)$"),
+        (BAD[2:], {"format": "messages"}, r"line 1: .*; 1 of 3 rows could be used"),
+        ([{"wrong": 1}, *BAD], {}, r"line 1: no data format fits .*; 4 of 6 rows could be used"),
+        ([*BAD[:2], {"messages": [{"role": "user", "content": "q"}]}], {}, r"line 3: .* 2 of 3 rows could be used"),
+        (
+            [*BAD[:2], row("q", "a", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])],
+            {},
+            r"line 3: there are tools.*; 2 of 3 rows could be used",
+        ),
+    ],
+)
+def test_the_first_bad_row_ends_it_and_the_rest_is_counted(rows, settings, said, tokenizer, write, monkeypatch):
+    with pytest.raises(DataError, match=said):
+        load(tokenizer, write(rows), **settings)
+
+
+def test_nothing_is_tokenised_after_a_bad_row(tokenizer, write, monkeypatch):
+    path = write([*chats(3000), {"messages": []}, *chats(5000)])
+    with open(path, "a") as file:
+        file.write("{broken\n")
+    encoded, texts = [], TextEncoder.texts
+
+    def count(self, wanted):
+        wanted = list(wanted)
+        encoded.append(len(wanted))
+        return texts(self, wanted)
+
+    monkeypatch.setattr(TextEncoder, "texts", count)
+    with pytest.raises(DataError, match="line 3001: .*; 8,000 of 8,002 rows could be used"):
+        load(tokenizer, path)
+    assert len(encoded) == 2  # the two chunks before it
+
+
+def test_a_row_that_is_too_long_is_no_bad_row(tokenizer, write):
+    path = write([row("q", "a"), row("q", "word " * 50)])
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(
+            DataError, match=r"more than data.max_length: 30; raise it, or set data.overlong.*truncate$"
+        ):
+            load(tokenizer, path, max_length=30, on_bad_row=on_bad_row)
+
+
+def test_other_columns_in_parquet_are_named(tokenizer, tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([{"instructions": "a", "reply": "b"}] * 7), path)
+    with pytest.raises(DataError) as error:
+        load(tokenizer, str(path))
+    said = str(error.value)
+    assert said.startswith(f"{path} row 1: no data format fits a row with the columns instructions, reply")
+    assert said.endswith("0 of 7 rows could be used (data.on_bad_row: skip)")
+    with pytest.raises(DataError, match="row 1: there is no column 'messages'.*; 0 of 7 rows could be used"):
+        load(tokenizer, str(path), format="messages")
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop"])
+def test_a_huge_row_is_refused_without_tokenising_it(overlong, tokenizer, write, monkeypatch):
+    path = write([row("q", "a"), row("q", "word " * 10_000_000)])
+    texts = TextEncoder.texts
+
+    def small_ones(self, wanted):
+        wanted = list(wanted)
+        assert max(len(text) for text, _ in wanted) < 1000, "the huge text was to be tokenised"
+        return texts(self, wanted)
+
+    monkeypatch.setattr(TextEncoder, "texts", small_ones)
+    if overlong == "drop":
+        report = load(tokenizer, path, overlong=overlong).report
+        assert report.counts["dropped"].places == [f"{path} line 2"] and report.lost_tokens > 2048
+    else:
+        with pytest.raises(
+            DataError, match=r"data.jsonl line 2: at least [\d,]+ tokens, more than data.max_length: 2048"
+        ):
+            load(tokenizer, path)
+
+
+def test_data_of_another_kind_is_refused(tokenizer, write, monkeypatch):
+    pairs = write([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    data = DataSection(train=pairs)
+    said = "is of the format 'preference', which is preference data, and this stage trains on chat or text data; name"
+    with pytest.raises(DataError, match=said):
+        load_split(data.train, data, tokenizer, LLAMA3)
+    split = load_split(data.train, data, tokenizer, LLAMA3, accepts=("preference",))
+    assert [len(t.branches) for t in split.tokens] == [2]
+    with pytest.raises(DataError, match=said):  # now that its tokens are in the cache
+        load_split(data.train, data, tokenizer, LLAMA3)
+    data = DataSection(train=write(chats(3)))
+    with pytest.raises(DataError, match="'messages', which is chat data, and this stage trains on preference data"):
+        load_split(data.train, data, tokenizer, LLAMA3, accepts=("preference",))
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(tokenizer, write, tmp_path):

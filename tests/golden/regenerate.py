@@ -1,16 +1,22 @@
-"""Hand-marked golden texts -> their ids and masks: `python tests/golden/regenerate.py` rewrites the JSON files here.
+"""Conversations -> golden texts, ids and trained runs: `python tests/golden/regenerate.py [TEMPLATE ...]` writes them.
 
-A golden chat states its text with «» around what is trained; that is written by hand, from the published format. The
-ids come from the tokenizer alone, one call for each marked or unmarked stretch, and never from tuner's renderer.
+The text of a golden chat has «» around what is trained. It comes from `published/<template>.py`, which renders the
+conversations from the published format alone, or was marked by hand (`marked_by_hand.json`, for other masking policies
+and for messages that say themselves whether they are trained). The ids come from the tokenizer, one call for each
+marked or unmarked stretch. Nothing here imports tuner.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conversations import CONVERSATIONS, EXTRA
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).parent
@@ -46,27 +52,64 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def fill(tokenizer: Tokenizer, chat: dict[str, Any]) -> None:
-    """Sets `ids` and `mask` of a golden chat from its marked text."""
-    ids: list[int] = []
-    mask: list[int] = []
-    for part in re.findall(r"«.*?»|[^«»]+", chat["text"], flags=re.DOTALL):
-        new = tokenizer.encode(part.strip("«»"), add_special_tokens=False).ids
-        ids += new
-        mask += [int(part.startswith("«"))] * len(new)
-    chat |= {"ids": ids, "mask": mask}
+def templates() -> list[str]:
+    """The templates that have a reference, e.g. `llama3.1` for `published/llama3_1.py`."""
+    stems = sorted(path.stem for path in (HERE / "published").glob("*.py") if not path.stem.startswith("_"))
+    return [re.sub(r"(?<=\d)_(?=\d)", ".", stem) for stem in stems]
 
 
-def main() -> None:
+def reference(template: str) -> Callable[[dict[str, Any]], str | None]:
+    """`render` of the template's reference: a row -> its marked text, or None."""
+    return importlib.import_module(f"published.{template.replace('.', '_')}").render
+
+
+def tokenizer_of(template: str) -> Tokenizer:
+    """The golden tokenizer with the control tokens that the template's own tokenizer has beside (`CONTROL`)."""
     tokenizer = build_tokenizer()
-    tokenizer.save(str(HERE / "tokenizer.json"), pretty=False)
-    for path in sorted(HERE.glob("chats_*.json")):
-        chats = json.loads(path.read_text(encoding="utf-8"))
-        for chat in chats:
-            fill(tokenizer, chat)
-        lines = (json.dumps(chat, ensure_ascii=False) for chat in chats)
-        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    module = importlib.import_module(f"published.{template.replace('.', '_')}")
+    tokenizer.add_special_tokens(list(getattr(module, "CONTROL", ())))
+    return tokenizer
+
+
+def rows(template: str) -> list[dict[str, Any]]:
+    """The conversations that the template's golden file renders; names are unique."""
+    return [*CONVERSATIONS, *EXTRA.get(template, [])]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[list[int]]]:
+    """Ids of a marked text, and where in them each trained run begins and ends."""
+    ids: list[int] = []
+    trained: list[list[int]] = []
+    for part in re.findall(r"«.*?»|[^«»]+", text, flags=re.DOTALL):
+        new = tokenizer.encode(part.strip("«»"), add_special_tokens=False).ids
+        if part.startswith("«") and trained and trained[-1][1] == len(ids):
+            trained[-1][1] += len(new)
+        elif part.startswith("«"):
+            trained.append([len(ids), len(ids) + len(new)])
+        ids += new
+    return ids, trained
+
+
+def golden(tokenizer: Tokenizer, chat: dict[str, Any]) -> dict[str, Any]:
+    """A golden chat with `ids` and `trained`, unless the template has no place for it (`text` is null)."""
+    if chat["text"] is None:
+        return chat
+    return chat | dict(zip(("ids", "trained"), encode(tokenizer, chat["text"]), strict=True))
+
+
+def main(names: list[str]) -> None:
+    build_tokenizer().save(str(HERE / "tokenizer.json"), pretty=False)
+    by_hand = json.loads((HERE / "marked_by_hand.json").read_text(encoding="utf-8"))
+    for name in names or templates():
+        tokenizer, render = tokenizer_of(name), reference(name)
+        chats = [{"name": row["name"], "text": render(row)} for row in rows(name)] + by_hand.get(name, [])
+        lines = (
+            json.dumps(golden(tokenizer, chat), ensure_ascii=False, separators=(",", ":")).replace("\u2028", "\\u2028")
+            for chat in chats
+        )
+        path = HERE / f"chats_{name.replace('.', '_')}.json"
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

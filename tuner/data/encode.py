@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from tokenizers.models import Model
 
 from tuner.errors import ModelError
@@ -16,8 +16,9 @@ from tuner.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How a text begins: as a document does, as text after a control token does, or without a blank of the tokenizer's own.
-Lead = Literal["begin", "inner", "never"]
+# How a text begins: as a document does, as text after a control token does, without a blank of the tokenizer's own, or
+# always with one, even before another blank, if it has such blanks at all (as SentencePiece itself puts them).
+Lead = Literal["begin", "inner", "never", "always"]
 
 
 class TextEncoder:
@@ -40,6 +41,7 @@ class TextEncoder:
             "begin": begin,
             "inner": _variant(begin, "inner"),
             "never": _variant(begin, "never"),
+            "always": _variant(begin, "always"),
         }
         # Tokenizers that add no blank of their own (all of Llama 3's) have one way only.
         self._same: dict[Lead, Lead] = {
@@ -103,10 +105,28 @@ def _variant(plain: Tokenizer, lead: Lead) -> Tokenizer:
             setattr(parts, name, getattr(plain, name))
     spec = json.loads(parts.to_str())
     before = json.dumps(spec)
-    spec["normalizer"], spec["pre_tokenizer"] = (_without_lead(spec[k], lead) for k in ("normalizer", "pre_tokenizer"))
+    if lead == "always":
+        if own := _metaspace(spec["pre_tokenizer"]):  # which puts none where there is one already; Prepend does
+            parts.normalizer = normalizers.Sequence(
+                [*([parts.normalizer] if parts.normalizer else []), normalizers.Prepend(own)]
+            )
+            spec = json.loads(parts.to_str())
+            spec["pre_tokenizer"] = _without_lead(spec["pre_tokenizer"], "never")
+    else:
+        for key in ("normalizer", "pre_tokenizer"):
+            spec[key] = _without_lead(spec[key], lead)
     if json.dumps(spec) == before:
         return plain
     return _assemble(Tokenizer.from_str(json.dumps(spec)), plain.model)
+
+
+def _metaspace(part: Any) -> str | None:
+    """The blank that a pre-tokeniser's JSON puts before the beginning of a document, if it does."""
+    if not isinstance(part, dict):
+        return None
+    if part["type"] == "Metaspace":
+        return None if part["prepend_scheme"] == "never" else str(part["replacement"])
+    return next(filter(None, map(_metaspace, part.get("pretokenizers", ()))), None)
 
 
 def _without_lead(part: Any, lead: Lead) -> Any:

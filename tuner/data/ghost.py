@@ -2,7 +2,7 @@
 
 The paper repeats the instruction in every user turn while it samples an answer (`repeated`, what `tuner generate
 --ghost-attention` does), so that the answer obeys it. For training it leaves the instruction at the beginning, and
-since the earlier answers may not obey it, nothing but the last answer is trained (`trained`, `data.ghost_attention`).
+since the earlier answers may not obey it, nothing of the earlier turns is trained (`trained`, `data.ghost_attention`).
 """
 
 from __future__ import annotations
@@ -29,31 +29,29 @@ def repeated(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def once(messages: Sequence[Message], say: str) -> tuple[Message, ...]:
-    """The messages without the instruction `say` at the beginning of user turns."""
+    """What `repeated` was made from: the messages without the instruction `say` and the gap at the beginning of user
+    turns. A user turn that only begins with the same words keeps them."""
     if not say:
         return tuple(messages)
-    return tuple(replace(m, content=_without(m.content, say)) if m.role == "user" else m for m in messages)
+    return tuple(replace(m, content=m.content.removeprefix(say + GAP)) if m.role == "user" else m for m in messages)
 
 
 def trained(example: Example) -> Example:
-    """The example to train on: the instruction once, and of a dialogue with one only the last answer as a target.
+    """The example to train on: the instruction once, and of a dialogue with one only the last turn as a target.
 
-    A message that says `train` or `weight` itself keeps what it says; a dialogue without an instruction is as it was.
+    The last turn is all that the assistant says after the last question it answers, calls of tools too. A message that
+    says `train` itself keeps what it says; a dialogue without an instruction is as it was.
     """
     say = instruction((*example.prompt, *example.completions[0]))
     if not say:
         return example
-    completions = []
-    for completion in example.completions:
-        turns = once(completion, say)
-        answers = [i for i, m in enumerate(turns) if m.role in ANSWERS]
-        silent = set(answers[:-1])
-        completions.append(
-            tuple(replace(m, train=False) if i in silent and m.train is None else m for i, m in enumerate(turns))
-        )
+    completions = (_last_turn(once(completion, say)) for completion in example.completions)
     return replace(example, prompt=once(example.prompt, say), completions=tuple(completions))
 
 
-def _without(content: str, say: str) -> str:
-    rest = content.removeprefix(say)
-    return rest.lstrip() if rest != content and rest[:1].isspace() else content
+def _last_turn(completion: Sequence[Message]) -> tuple[Message, ...]:
+    """The completion with `train: false` on all answers before the last user turn that is answered in it."""
+    answers = [i for i, m in enumerate(completion) if m.role in ANSWERS]
+    asked = [i for i, m in enumerate(completion[: answers[-1]]) if m.role == "user"] if answers else []
+    silent = {i for i in answers if asked and i < asked[-1] and completion[i].train is None}
+    return tuple(replace(m, train=False) if i in silent else m for i, m in enumerate(completion))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from tuner.types import Batch, Segment, Span, Tokens, span
+from tuner.types import Batch, Segment, Tokens, span
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -17,69 +17,30 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     An item longer than `capacity` gets a group of its own. The result depends on the arguments alone, so every rank
     works out the same one.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = np.lexsort((np.arange(len(lengths)), -np.asarray(lengths, dtype=np.int64))).tolist()
     groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, group), sorted
+    open_groups: dict[int, list[int]] = {}  # tokens left -> groups with that much room, a heap
+    rooms = 0  # bit n is set where `open_groups` has n: the tightest fit is one shift away, however many there are
     for i in order:
-        n = lengths[i]
-        at = bisect.bisect_left(room, (n, -1))
-        if at == len(room):
+        n = int(lengths[i])
+        fits = rooms >> n
+        if fits:
+            left = n + (fits & -fits).bit_length() - 1
+            group = heapq.heappop(open_groups[left])
+            groups[group].append(i)
+            if not open_groups[left]:
+                del open_groups[left]
+                rooms ^= 1 << left
+            left -= n
+        else:
             groups.append([i])
             left, group = capacity - n, len(groups) - 1
-        else:
-            left, group = room.pop(at)
-            groups[group].append(i)
-            left -= n
         if left > 0:
-            bisect.insort(room, (left, group))
+            if left not in open_groups:
+                open_groups[left] = []
+                rooms |= 1 << left
+            heapq.heappush(open_groups[left], group)
     return groups
-
-
-class _Row:
-    """Collects the columns of one flat row while documents are laid into it."""
-
-    def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.docs: list[np.ndarray] = []
-        self.branches: list[np.ndarray] = []
-        self.predict_at: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
-        self.weights: list[np.ndarray] = []
-        self.seq_ids: list[np.ndarray] = []
-        self.seq_doc: list[int] = []
-        self.seq_branch: list[int] = []
-        self.plan: list[Segment] = []
-        self.length = 0
-
-    def add(self, spans: Sequence[Span], *, doc: int, branch: int, trunk: tuple[int, int]) -> None:
-        """Lays one run of spans (the trunk, or one branch after the trunk at row positions `trunk`)."""
-        start, trunk_len = self.length, trunk[1] - trunk[0]
-        ids = np.concatenate([s.ids for s in spans]).astype(np.int64) if spans else np.empty(0, np.int64)
-        weights = [np.full(len(s.ids), s.weight if s.trained else 0.0, np.float32) for s in spans]
-        weight = np.concatenate(weights) if weights else np.empty(0, np.float32)
-        n = len(ids)
-        before = np.arange(start - 1, start + n - 1)  # the state that predicts each token
-        if branch and n:
-            before[0] = trunk[1] - 1  # the last trunk state predicts the first token of every branch
-        has_state = np.ones(n, bool)
-        has_state[:1] = trunk_len > 0  # nothing comes before the first token of a document
-        scored = np.flatnonzero((weight != 0) & has_state)
-        self.ids.append(ids)
-        self.positions.append(np.arange(trunk_len, trunk_len + n))
-        self.docs.append(np.full(n, doc))
-        self.branches.append(np.full(n, branch))
-        if n:
-            own = (start, start + n)
-            self.plan.append(Segment(own, (own,) if branch == 0 or not trunk_len else (trunk, own)))
-        if len(scored):
-            self.predict_at.append(before[scored])
-            self.targets.append(ids[scored])
-            self.weights.append(weight[scored])
-            self.seq_ids.append(np.full(len(scored), len(self.seq_doc)))
-            self.seq_doc.append(doc)
-            self.seq_branch.append(branch)
-        self.length += n
 
 
 def weight_sum(sample: Tokens) -> float:
@@ -99,32 +60,57 @@ def pack(samples: Sequence[Tokens], multiple: int = 1) -> Batch:
     the trunk and itself. An empty list gives an empty batch. With `multiple` the row is filled up to a multiple of it
     by one more document, of which nothing is predicted and which none of the others sees.
     """
-    row = _Row()
-    for doc, sample in enumerate(samples):
-        start = row.length
-        row.add(sample.trunk, doc=doc, branch=0, trunk=(start, start))
-        trunk = (start, row.length)
-        for branch, spans in enumerate(sample.branches, start=1):
-            row.add(spans, doc=doc, branch=branch, trunk=trunk)
-    if filler := -row.length % multiple:
-        row.add([span([0] * filler, False)], doc=len(samples), branch=0, trunk=(row.length, row.length))
-
-    def long(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
-
-    weights = np.concatenate(row.weights).astype(np.float32) if row.weights else np.empty(0, np.float32)
+    documents: list[Tokens] = list(samples)
+    if multiple > 1 and (filler := -sum(map(len, documents)) % multiple):
+        documents.append(Tokens((span([0] * filler, False),)))
+    runs, plan = _runs(documents)
+    counts, docs, branches, trunk_starts, trunk_stops = np.asarray(runs, np.int64).reshape(-1, 5).T
+    spans = [s for sample in documents for part in (sample.trunk, *sample.branches) for s in part]
+    ids = np.concatenate([np.empty(0, np.int32), *(s.ids for s in spans)]).astype(np.int64)  # [N]
+    span_weights = np.asarray([s.weight if s.trained else 0.0 for s in spans], np.float32)
+    weights = np.repeat(span_weights, [len(s.ids) for s in spans])  # [N]
+    starts = np.cumsum(counts) - counts  # of each run in the row
+    trunk_lengths = np.where(branches > 0, trunk_stops - trunk_starts, 0)
+    before = np.arange(len(ids)) - 1  # the state that predicts each token
+    begins = starts[counts > 0]
+    # the last trunk state predicts the first token of every branch; nothing comes before the first of a document
+    before[begins] = np.where(trunk_lengths > 0, trunk_stops - 1, -1)[counts > 0]
+    scored = np.flatnonzero((weights != 0) & (before >= 0))
+    run_of = np.repeat(np.arange(len(counts)), counts)  # [N]
+    sequences, seq_ids = np.unique(run_of[scored], return_inverse=True)
+    weights = weights[scored]
     return Batch(
-        input_ids=long(row.ids),
-        position_ids=long(row.positions),
-        doc_ids=long(row.docs),
-        branch_ids=long(row.branches),
-        predict_at=long(row.predict_at),
-        targets=long(row.targets),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(np.arange(len(ids)) + (trunk_lengths - starts)[run_of]),
+        doc_ids=torch.from_numpy(docs[run_of]),
+        branch_ids=torch.from_numpy(branches[run_of]),
+        predict_at=torch.from_numpy(before[scored]),
+        targets=torch.from_numpy(ids[scored]),
         weights=torch.from_numpy(weights),
-        seq_ids=long(row.seq_ids),
-        seq_doc=torch.tensor(row.seq_doc, dtype=torch.int64),
-        seq_branch=torch.tensor(row.seq_branch, dtype=torch.int64),
-        plan=tuple(row.plan),
+        seq_ids=torch.from_numpy(seq_ids),
+        seq_doc=torch.from_numpy(docs[sequences]),
+        seq_branch=torch.from_numpy(branches[sequences]),
+        plan=plan,
         rows=tuple((s.source, s.row) for s in samples),
         weight_sum=float(weights.astype(np.float64).sum()),
     )
+
+
+def _runs(documents: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], tuple[Segment, ...]]:
+    """Of each trunk and branch, in the order of the row: tokens, document, branch, where its trunk begins and ends in
+    the row; and the attention plan."""
+    runs: list[tuple[int, ...]] = []
+    plan: list[Segment] = []
+    at = 0
+    for doc, sample in enumerate(documents):
+        first = trunk = at
+        for branch, spans in enumerate((sample.trunk, *sample.branches)):
+            n = sum(len(s.ids) for s in spans)
+            runs.append((n, doc, branch, first, trunk))
+            if n:
+                own = (at, at + n)
+                plan.append(Segment(own, ((first, trunk), own) if branch and trunk > first else (own,)))
+            at += n
+            if not branch:
+                trunk = at
+    return runs, tuple(plan)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from tuner.data import ghost
+from tuner.data.bound import longest_token
 from tuner.data.encode import Lead, TextEncoder
 from tuner.data.report import DataReport, place
-from tuner.data.templates import BOS, EOS, TEMPLATES, Piece, Template, control_ids, tojson
+from tuner.data.templates import BOS, EOS, TEMPLATES, Piece, Template, control_ids, lacking, tojson
 from tuner.errors import DataError, ModelError, RecipeError
-from tuner.types import ANSWERS, Example, Message, Span, Tokens, span
+from tuner.types import ANSWERS, Example, Message, Span, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,14 +61,19 @@ class Renderer:
         self.report = DataReport()
         self.num_chats = 0
         self._encoder = TextEncoder(tokenizer)
+        self._longest = longest_token(tokenizer)
         self._control = control_ids(tokenizer)
         terminators = template.terminators if template else ()
         for name in template.control if template else (BOS, EOS):
             self._id(name)
-        self.terminator_ids = tuple(dict.fromkeys(self._control[name] for name in terminators))
+        # an optional one that the tokenizer lacks is refused when a conversation needs it; a tag is then plain text
+        self._lacks = tuple(n for n in (template.optional if template else ()) if n not in self._control)
+        self._as_text = frozenset(template.tags if template else ()) - self._control.keys()
+        self.terminator_ids = tuple(dict.fromkeys(self._control[n] for n in terminators if n in self._control))
         ends = [*self.terminator_ids, *([self._control[EOS]] if EOS in self._control else [])]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         spelled = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._begins = os.path.commonprefix(spelled)  # a quick look for this spares most texts the search
         self._spelled = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or r"(?!)")
 
     def render(self, example: Example) -> list[Tokens]:
@@ -85,12 +94,14 @@ class Renderer:
         plans: list[_Plan | None] = []
         for example in examples:
             try:
-                plans.append(self._plan(example))
+                found = self._plan(example)
             except DataError as error:
                 if on_bad is None:
                     raise
                 on_bad(example, error)
                 plans.append(None)
+                continue
+            plans.append(None if self._hopeless(found) else found)
         texts = [p.example.completions[0][0].content for p in plans if p and p.is_text]
         documents = iter(self._encoder.parsed(texts) if self.parse_control_tokens else self._encoder.document(texts))
         ids = self._encoder.texts(
@@ -116,6 +127,10 @@ class Renderer:
                 out.append([])
         return out
 
+    def check(self, example: Example) -> None:
+        """Raises the DataError of an example that cannot be rendered, as far as that shows without tokenising it."""
+        self._plan(example)
+
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids to generate an answer from: BOS, the messages, the header of an answer. For a `text` message: BOS and
         the text."""
@@ -123,8 +138,16 @@ class Renderer:
             return [self._id(BOS), *self._encoder.document([messages[0].content])[0]]
         messages = self._adapted(messages)
         self._check_roles(messages, "the prompt", tools)
-        plan = [(piece, 0.0) for piece in self._pieces(messages, "the prompt", tools, add_generation_prompt=True)]
+        pieces = self._pieces(messages, "the prompt", tools, add_generation_prompt=True)
+        plan = self._joined((piece, 0.0) for piece in pieces)
         return [i for ids, _ in self._chat_parts(plan, self._encoder.texts(_texts(plan))) for i in ids]
+
+    def spells_control(self, example: Example) -> bool:
+        """Whether a text of the example spells out a control token, and is not to be read as one."""
+        everything = (*example.prompt, *itertools.chain.from_iterable(example.completions))
+        return not self.parse_control_tokens and any(
+            self._begins in text and self._spelled.search(text) for text in _strings(everything, example.tools)
+        )
 
     # -- masking ------------------------------------------------------------------------------------------------------
 
@@ -135,11 +158,12 @@ class Renderer:
         if not _is_text(example):
             if self.ghost_attention:
                 example = ghost.trained(example)
-            prompt = self._adapted(example.prompt)
-            example = replace(example, prompt=prompt, completions=tuple(map(self._adapted, example.completions)))
-        everything = (*example.prompt, *itertools.chain.from_iterable(example.completions))
-        if not self.parse_control_tokens and any(map(self._spelled.search, _strings(everything, example.tools))):
+            prompt, completions = self._adapted(example.prompt), tuple(map(self._adapted, example.completions))
+            if prompt is not example.prompt or completions != example.completions:
+                example = replace(example, prompt=prompt, completions=completions)
+        if self.spells_control(example):
             self.report.count("control_text", where)
+        everything = (*example.prompt, *itertools.chain.from_iterable(example.completions))
         if _is_text(example):
             (weight,) = self._message_weights(everything, 0, where)
             return _Plan(example, ((((Piece(everything[0].content, owner=0, message=0)), weight),),), is_text=True)
@@ -151,7 +175,8 @@ class Renderer:
             weights = self._message_weights(messages, len(example.prompt), where)
             answers = (m for m, weight in zip(messages, weights, strict=True) if m.role in ANSWERS and weight)
             empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
-            branches.append(tuple(self._targets(self._pieces(messages, where, example.tools), weights)))
+            targets = self._targets(self._pieces(messages, where, example.tools), weights)
+            branches.append(tuple(self._joined(targets, len(example.prompt) if example.is_preference else None)))
         if empty:
             self.report.count("empty_answers", where)
         return _Plan(example, tuple(branches))
@@ -161,6 +186,24 @@ class Renderer:
             owner = piece.message if self.train_on == "all" else piece.owner
             yield piece, 0.0 if owner is None else weights[owner]
 
+    def _joined(self, targets: Iterable[Target], completion: int | None = None) -> list[Target]:
+        """Neighbouring texts of one owner and weight as one, which is tokenised whole.
+
+        A text of message `completion` or later is not joined to one before it, so that it can begin a branch.
+        """
+        out: list[Target] = []
+        for piece, weight in targets:
+            if piece.text in self._as_text and piece.control:
+                piece = piece._replace(control=False)
+            if out and not piece.control and piece.lead is None:
+                last, other = out[-1]
+                begins = completion is not None and _before(last, completion) and not _before(piece, completion)
+                if not last.control and last.owner == piece.owner and other == weight and not begins:
+                    out[-1] = last._replace(text=last.text + piece.text), weight
+                    continue
+            out.append((piece, weight))
+        return out
+
     def _pieces(
         self,
         messages: Sequence[Message],
@@ -168,13 +211,19 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = False,
     ) -> list[Piece]:
+        template = self._chat_template()
         try:
-            return self._chat_template().pieces(messages, add_generation_prompt, tools=tools)
+            pieces = template.pieces(messages, add_generation_prompt, tools=tools)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise DataError(f"{where}: {error}", error.kind) from None
+        if self._lacks and (needed := [p.text for p in pieces if p.control and p.text in self._lacks]):
+            raise lacking(template, needed, self.tokenizer)
+        return pieces
 
     def _adapted(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The messages with roles that this template has: an `input` goes into the turn before it."""
+        if all(message.role != "input" for message in messages):
+            return tuple(messages)  # of a tuple, itself
         out: list[Message] = []
         for message in messages:
             if message.role == "input" and "input" not in self._chat_template().roles and out:
@@ -199,7 +248,8 @@ class Renderer:
         if not any(weights):
             raise DataError(
                 f"{where}: nothing to train on: every turn that data.train_on: {self.train_on} would train has "
-                "train: false or weight: 0, or there is none; remove the row, or change data.train_on"
+                "train: false or weight: 0, or there is none; remove the row, or change data.train_on",
+                kind="nothing_to_train",
             )
         return weights
 
@@ -234,7 +284,8 @@ class Renderer:
                 allowed = ", ".join(template.roles)
                 raise DataError(
                     f"{where}: message {i} has the role {message.role!r}, which chat_template '{template.name}' does "
-                    f"not know; allowed: {allowed}"
+                    f"not know; allowed: {allowed}",
+                    kind="unknown_role",
                 )
 
     def _chat_template(self) -> Template:
@@ -279,7 +330,8 @@ class Renderer:
             if bos in body:
                 raise _Unusable(
                     f"{place(example.source, example.row)}: the text holds {self.tokenizer.bos_token} inside, so it is "
-                    "more than one document; give each document a row of its own"
+                    "more than one document; give each document a row of its own",
+                    kind="bos_doubled",
                 )
         ends = {eos}
         if self.parse_control_tokens:
@@ -330,13 +382,28 @@ class Renderer:
 
         return self._overlong(_length(trunk) + longest, example, cut)
 
-    def _overlong(self, length: int, example: Example, cut: Callable[[], Tokens]) -> list[Tokens]:
+    def _hopeless(self, plan: _Plan) -> bool:
+        """Whether a row has so much text that it need not be tokenised to be refused, or dropped and counted."""
+        if self._longest is None or self.parse_control_tokens or self.overlong not in ("error", "drop"):
+            return False
+        texts = max(sum(len(p.text) for p, _ in branch if not p.control) for branch in plan.branches)
+        least = -(-texts // self._longest)
+        if least <= self.max_length:
+            return False
+        self._overlong(least, plan.example, _never, at_least=True)
+        return True
+
+    def _overlong(
+        self, length: int, example: Example, cut: Callable[[], Tokens], at_least: bool = False
+    ) -> list[Tokens]:
         where = place(example.source, example.row)
         if self.overlong == "error":
             choices = "drop, truncate or split" if _is_text(example) else "drop or truncate"
             raise DataError(
-                f"{where}: {length:,} tokens, more than data.max_length: {self.max_length}; raise it, or set "
-                f"data.overlong to {choices}"
+                f"{where}: {'at least ' if at_least else ''}{length:,} tokens, more than data.max_length: "
+                f"{self.max_length}; raise it, or set "
+                f"data.overlong to {choices}",
+                kind="too_long",
             )
         if self.overlong == "drop":
             self.report.count("dropped", where)
@@ -365,6 +432,10 @@ class _Unusable(DataError):
     """A row that only its ids show to be unusable."""
 
 
+def _never() -> Tokens:
+    raise AssertionError("a row that is refused or dropped is not cut")
+
+
 def _is_text(example: Example) -> bool:
     return not example.prompt and len(example.completions[0]) == 1 and example.completions[0][0].role == "text"
 
@@ -373,10 +444,14 @@ def _lead(plan: Sequence[Target], n: int) -> Lead:
     """How the text at `n` begins, by what stands before it."""
     lead = plan[n][0].lead
     if lead is not None:
-        return "begin" if lead else "never"
+        return "always" if lead else "never"
     if not n:
         return "begin"
     return "inner" if plan[n - 1][0].control else "never"
+
+
+def _before(piece: Piece, message: int) -> bool:
+    return piece.message is None or piece.message < message
 
 
 def _texts(plan: Sequence[Target]) -> Iterator[tuple[str, Lead]]:
@@ -413,12 +488,19 @@ def _tokens(example: Example, trunk: Iterable[Weighted], branches: Iterable[Iter
 
 
 def _spans(parts: Iterable[Weighted]) -> tuple[Span, ...]:
-    """Neighbouring parts of one weight become one span."""
-    spans: list[Span] = []
-    filled = (part for part in parts if part[0])
-    for weight, group in itertools.groupby(filled, key=lambda part: part[1]):
-        ids = list(itertools.chain.from_iterable(ids for ids, _ in group))
-        spans.append(span(ids, trained=weight > 0, weight=weight or 1.0))
+    """Neighbouring parts of one weight become one span; the spans are views of one array."""
+    ids: list[int] = []
+    ends: list[tuple[int, float]] = []  # where a span ends, and its weight
+    for run, weight in parts:
+        if run:
+            ids += run
+            if ends and ends[-1][1] == weight:
+                ends.pop()
+            ends.append((len(ids), weight))
+    flat, start, spans = np.asarray(ids, dtype=np.int32), 0, []
+    for stop, weight in ends:
+        spans.append(Span(flat[start:stop], weight > 0, weight or 1.0))
+        start = stop
     return tuple(spans)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tuner.data.store import TokenStore
 from tuner.types import Tokens
 
 MAX_PLACES = 20  # row ids kept for each kind of count
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 # kind -> what people read; the order is the order of the report
 KINDS = {
@@ -28,7 +30,8 @@ KINDS = {
 
 def place(source: str, row: int) -> str:
     """`data.jsonl line 3` or `data.parquet row 3`, counted from 1; `row` is counted from 0."""
-    name = source.lower().removesuffix(".gz")
+    name = source.lower()
+    name = next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)
     return f"{source} {'line' if name.endswith(('.jsonl', '.ndjson')) else 'row'} {row + 1}"
 
 
@@ -59,11 +62,20 @@ class DataReport:
     sources: list[str] = field(default_factory=list)  # each with its format and why it was chosen
     unread_columns: Counter[str] = field(default_factory=Counter)  # columns that the format has no use for -> rows
     counts: dict[str, RowCount] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what this machine could not do; no property of the data
 
     def count(self, kind: str, where: str, reason: str = "", times: int = 1) -> None:
         """Notes that `kind` happened to the row at `where`."""
         assert kind in KINDS, kind
         self.counts.setdefault(kind, RowCount()).add(where, reason, times)
+
+    def count_many(self, kind: str, wheres: Iterable[str], times: int) -> None:
+        """Notes that `kind` happened to `times` rows, of which `wheres` need not give more than the first."""
+        if not times:
+            return
+        entry = self.counts.setdefault(kind, RowCount())
+        entry.count += times
+        entry.places += [where for where, _ in zip(wheres, range(MAX_PLACES - len(entry.places)), strict=False)]
 
     def number(self, kind: str) -> int:
         """How many rows `kind` happened to."""
@@ -71,15 +83,32 @@ class DataReport:
 
     def measure(self, tokens: Iterable[Tokens]) -> None:
         """Sets the numbers of samples and tokens from the samples themselves."""
-        sizes = [(len(t), t.num_trained) for t in tokens]
-        self.samples = len(sizes)
-        self.tokens = sum(n for n, _ in sizes)
-        self.trained_tokens = sum(n for _, n in sizes)
+        store = TokenStore.of(tokens)
+        self.samples = len(store)
+        self.tokens = int(store.lengths.sum())
+        self.trained_tokens = int(store.trained.sum())
+
+    def merge(self, other: DataReport) -> None:
+        """Adds what happened to the rows of another source; samples and tokens are measured, not added."""
+        self.rows_read += other.rows_read
+        self.lost_tokens += other.lost_tokens
+        self.sources += other.sources
+        self.notes += other.notes
+        self.unread_columns.update(other.unread_columns)
+        for kind, entry in other.counts.items():
+            self.count_many(kind, entry.places, entry.count)
+            self.counts[kind].reason = self.counts[kind].reason or entry.reason
 
     def copy(self) -> DataReport:
         """An independent copy."""
         counts = {k: replace(c, places=list(c.places)) for k, c in self.counts.items()}
-        return replace(self, sources=list(self.sources), unread_columns=self.unread_columns.copy(), counts=counts)
+        return replace(
+            self,
+            sources=list(self.sources),
+            notes=list(self.notes),
+            unread_columns=self.unread_columns.copy(),
+            counts=counts,
+        )
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -98,7 +127,7 @@ class DataReport:
             if entry := self.counts.get(kind):
                 shown = ", ".join(entry.places[:5]) + (", ..." if entry.count > min(len(entry.places), 5) else "")
                 out.append(f"{entry.count:,} {text}: {shown}" + (f" (first: {entry.reason})" if entry.reason else ""))
-        return out
+        return out + self.notes
 
     def as_dict(self) -> dict[str, Any]:
         """The report for the manifest: plain JSON values."""
@@ -115,3 +144,12 @@ class DataReport:
                 for kind, entry in ((k, self.counts[k]) for k in KINDS if k in self.counts)
             },
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataReport:
+        """The report that `as_dict` gave these values of."""
+        counts = {k: RowCount(c["count"], list(c["rows"]), c["reason"]) for k, c in values["counts"].items()}
+        plain = {k: values[k] for k in ("rows_read", "samples", "tokens", "trained_tokens", "lost_tokens")}
+        return cls(
+            **plain, sources=list(values["sources"]), unread_columns=Counter(values["unread_columns"]), counts=counts
+        )

@@ -1,23 +1,30 @@
-"""A path or Hub id of the recipe -> rows. The only file that touches `datasets` (Hub ids) and pyarrow (parquet).
+"""A path or Hub id of the recipe -> rows. The only file that touches `datasets` (Hub ids) and pyarrow (parquet, zstd).
 
 JSON and JSON Lines are read with `json` itself: Arrow would unify the rows to one schema and add keys that a row does
-not have.
+not have. Every kind but parquet may be compressed, and all but JSON are read row by row, however large they are.
 """
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import hashlib
 import importlib
+import io
 import json
+import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tuner.data.report import place
+from tuner.data.formats import ArrowRow
+from tuner.data.report import COMPRESSED, place
 from tuner.errors import DataError, first_line
 from tuner.registry import did_you_mean
 
@@ -38,7 +45,7 @@ def rows(source: DataSource, on_bad: OnBad | None = None) -> Iterator[tuple[int,
     """
 
     def bad(index: int, reason: str) -> None:
-        error = DataError(f"{place(source.path, index)}: {reason}")
+        error = DataError(f"{place(source.path, index)}: {reason}", kind="unreadable")
         if on_bad is None:
             raise error
         on_bad(index, error)
@@ -64,6 +71,21 @@ def content_hash(source: DataSource) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def stamp(source: DataSource) -> tuple[int, int, int] | None:
+    """What changes when somebody writes to the file of a source: inode, size, time; None for a Hub id."""
+    path = local_path(source)
+    if path is None:
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def kind_of_file(source: DataSource) -> str:
+    """How the bytes of a source are read: the end of its file's name, or `hub`."""
+    path = local_path(source)
+    return "hub" if path is None else _suffix(path)
+
+
 def local_path(source: DataSource) -> Path | None:
     """The file that a source names, or None for a Hub id.
 
@@ -86,12 +108,19 @@ def local_path(source: DataSource) -> Path | None:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise DataError(f"{source.path} does not exist{near}; give a data file or a Hub id (org/name)")
     if _suffix(path) not in _READERS:
-        raise DataError(f"{source.path}: files of this kind cannot be read; known: {', '.join(_READERS)}")
+        raise DataError(
+            f"{source.path}: files of this kind cannot be read; known: {', '.join(_TEXT)}, each also compressed "
+            f"({', '.join(COMPRESSED)}), and .parquet"
+        )
     for key, value, default in (("split", source.split, "train"), ("revision", source.revision, None)):
         if value != default:
             raise DataError(
                 f"{source.path} is a file, which has no {key} '{value}'; remove `{key}`, or name another file"
             )
+    if source.streaming:
+        raise DataError(
+            f"{source.path} is a file, and `streaming` is for Hub ids; remove it: files are always streamed"
+        )
     return path
 
 
@@ -110,11 +139,40 @@ def _open(path: Path) -> IO[bytes]:
 _Bad = Callable[[int, str], None]
 
 
-def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
-    index = -1
+# What reading a damaged or unreadable file raises, compressed or not.
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_DECOMPRESS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, without its compression."""
     with _open(path) as raw:
-        lines = gzip.open(raw) if _suffix(path).endswith(".gz") else raw
-        try:
+        end = next((end for end in COMPRESSED if _suffix(path).endswith(end)), "")
+        if end == ".zst":
+            # imported here: Python 3.11 has no zstd of its own, and hardly any file needs it
+            arrow = importlib.import_module("pyarrow")
+            if not arrow.Codec.is_available("zstd"):
+                raise DataError(f"{path}: this pyarrow cannot read zstd; compress the file with gzip instead")
+            with io.BufferedReader(arrow.CompressedInputStream(raw, "zstd")) as file:
+                yield file
+        elif end:
+            with _DECOMPRESS[end](raw) as file:
+                yield file
+        else:
+            yield raw
+
+
+def _broken(path: Path, index: int, error: BaseException, read: int) -> DataError:
+    """The error for a file that cannot be read to its end, after `read` rows."""
+    remedy = f"restore the file, or read the {read:,} rows before (limit: {read})" if read else "restore the file"
+    return DataError(f"{place(str(path), index)}: the file cannot be read further: {error}; {remedy}")
+
+
+def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
+    index, read = -1, 0
+    try:
+        with _opened(path) as lines:
             for index, line in enumerate(lines):
                 line = (line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip()
                 if not line:
@@ -124,22 +182,89 @@ def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
                 except (ValueError, RecursionError) as error:
                     bad(index, _json_reason(error))
                     continue
+                read += 1
                 yield index, value
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{place(str(path), index + 1)}: the file cannot be read further: {error}") from None
+    except _BROKEN as error:
+        raise _broken(path, index + 1, error, read) from None
+
+
+def _csv_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
+    """Rows of strings, named by the first line. A quoted field may hold line breaks (RFC 4180)."""
+    tabs = _suffix(path).startswith(".tsv")
+    wrong: list[str] = []  # what is wrong with the lines of the row being read
+
+    def decoded(lines: IO[bytes]) -> Iterator[str]:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                wrong.append(f"line {number}: {_json_reason(error)}")
+                yield line.decode(errors="replace")
+
+    csv.field_size_limit(sys.maxsize)  # a text may be long; the limit is of the process
+    index, read = -1, 0
+    try:
+        with _opened(path) as lines:
+            reader = csv.reader(decoded(lines), delimiter="\t" if tabs else ",", strict=True)
+            names, start = _header(path, reader, wrong), reader.line_num + 1
+            while True:
+                try:
+                    fields = next(reader, None)
+                except csv.Error as error:
+                    fields = []
+                    wrong.append(f"line {start}: {error}; double every quote inside a quoted field")
+                if fields is None:
+                    return
+                if fields and len(fields) != len(names):
+                    columns = f"{len(names)} ({', '.join(names[:10])})"
+                    separator = "tab" if tabs else "comma"
+                    wrong.append(
+                        f"line {start} has {_count(len(fields), 'field')} and the header {columns}; quote a field that "
+                        f"holds a {separator}"
+                    )
+                if fields or wrong:
+                    index += 1
+                    if wrong:
+                        bad(index, wrong[0])
+                    else:
+                        read += 1
+                        yield index, dict(zip(names, fields, strict=True))
+                wrong.clear()
+                start = reader.line_num + 1
+    except _BROKEN as error:
+        raise _broken(path, index + 1, error, read) from None
+
+
+def _header(path: Path, reader: Iterator[list[str]], wrong: list[str]) -> list[str]:
+    """The column names in the first line that is not blank."""
+    try:
+        names = next((fields for fields in reader if fields), [])
+    except csv.Error as error:
+        raise DataError(f"{path}: the header cannot be read: {error}; give the names of the columns") from None
+    if wrong:
+        raise DataError(f"{path}: the header: {wrong[0]}")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: the header has the column '{twice[0]}' twice; give each column a name of its own")
+    return names
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _json_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
-    with _open(path) as raw:
-        try:
-            text = (gzip.open(raw) if _suffix(path).endswith(".gz") else raw).read().decode("utf-8-sig")
-            value = json.loads(text) if text.strip() else []
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        except (ValueError, RecursionError) as error:
-            lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-            remedy = "; for one object a line (JSON Lines) name the file .jsonl" if lines else ""
-            raise DataError(f"{path}: {_json_reason(error)}{remedy}") from None
+    try:
+        with _opened(path) as file:
+            text = file.read().decode("utf-8-sig")
+        value = json.loads(text) if text.strip() else []
+    except _BROKEN as error:
+        raise DataError(f"{path} cannot be read: {error}; none of its rows can be used, so restore the file") from None
+    except (ValueError, RecursionError) as error:
+        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        remedy = "; for one object a line (JSON Lines) name the file .jsonl" if lines else ""
+        raise DataError(f"{path}: {_json_reason(error)}{remedy}") from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
@@ -165,19 +290,16 @@ def _parquet_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
                 for value in batch.to_pylist():
-                    yield index, value
+                    yield index, ArrowRow(value)
                     index += 1
     except (arrow_error, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as parquet after row {index}: {reason}") from None
 
 
+_TEXT = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
 _READERS: dict[str, Callable[[Path, _Bad], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _jsonl_rows,
-    ".jsonl.gz": _jsonl_rows,
-    ".ndjson": _jsonl_rows,
-    ".json": _json_rows,
-    ".json.gz": _json_rows,
+    **{kind + end: reader for end in ("", *COMPRESSED) for kind, reader in _TEXT.items()},
     ".parquet": _parquet_rows,
 }
 
@@ -201,11 +323,19 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[int, Any]]:
     commit = _hub_commit(source.path, source.revision)
     # imported here: it takes seconds that local files should not pay
     datasets = importlib.import_module("datasets")
+    index = 0
     try:
-        data = datasets.load_dataset(source.path, split=source.split, revision=commit)
+        if source.streaming:
+            data = datasets.load_dataset(source.path, split=source.split, revision=commit, streaming=True)
+        else:
+            data = datasets.load_dataset(source.path, split=source.split, revision=commit)
+        for index, row in enumerate(data):
+            yield index, ArrowRow(row)
+    except GeneratorExit:
+        raise
     except Exception as error:  # whatever network, Hub and parser raise
+        where = f"after row {index} " if index else ""
         raise DataError(
-            f"{source.path} (split '{source.split}') cannot be loaded from the Hub: {first_line(error)}; check the "
-            "name and the split, or download the file and give its path"
+            f"{source.path} (split '{source.split}') cannot be loaded {where}from the Hub: {first_line(error)}; check "
+            "the name and the split, or download the file and give its path"
         ) from None
-    yield from enumerate(data)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tuner.data.formats import Detected, detect, parser, unread_columns
+from tuner.data import cache
+from tuner.data.formats import FORMATS, Detected, detect, parser, unread_columns
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
-from tuner.data.report import DataReport, place
+from tuner.data.report import MAX_PLACES, DataReport, place
 from tuner.data.source import content_hash as content_hash_of_source
-from tuner.data.source import local_path, rows
+from tuner.data.source import kind_of_file, local_path, rows, stamp
+from tuner.data.store import StoreBuilder, TokenStore
 from tuner.data.templates import Template, resolve_template
 from tuner.errors import DataError
 from tuner.types import Example, Tokens
@@ -34,7 +38,7 @@ CHUNK = 1024  # rows tokenised at once: enough for the tokenizer's batch, little
 class Split:
     """Rendered samples in the order of their sources, what happened to the rows, a hash of ids, masks and weights."""
 
-    tokens: list[Tokens]
+    tokens: TokenStore
     report: DataReport
     hash: str
 
@@ -69,31 +73,40 @@ def load_split(
     template: Template | None,
     *,
     seed: int = 0,
+    accepts: Sequence[str] = ("chat", "text"),
 ) -> Split:
-    """Reads, renders and counts every row of `sources`. `seed` picks the rows of a source with a fractional weight.
+    """Reads, renders and counts every row of `sources`, or takes their tokens from the cache (`data.cache`).
+
+    Args:
+        seed: picks the rows of a source with a fractional weight.
+        accepts: the kinds of data that the stage can use: `chat`, `text`, `preference`.
 
     Raises:
-        DataError: a source or row is unusable, or nothing is left to train on.
+        DataError: a source or row is unusable or of another kind, or nothing is left to train on.
         RecipeError: the recipe asks for something that its data cannot have.
     """
     renderer = make_renderer(data, tokenizer, template)
-    report, tokens = renderer.report, list[Tokens]()
+    common = cache.identity(data, tokenizer, template) if data.cache else {}
+    report, parts, orders = DataReport(), list[cache.Part](), list[np.ndarray]()
     for number, source in enumerate(sources):
-        tokens += _sample(list(_render_source(source, data, renderer)), source, report, [seed, number])
+        part = _part(source, data, renderer, common, accepts)
+        first = sum(len(p.block) for p in parts)
+        parts.append(part)
+        report.merge(part.report)
+        orders.append(first + _sample(TokenStore([part.block]), source, report, [seed, number]))
     names = ", ".join(s.path for s in sources)
-    if not tokens:
+    store = TokenStore([part.block for part in parts], np.concatenate([np.empty(0, np.int64), *orders]))
+    if not len(store):
         lost = "; ".join(report.lines()[len(sources) :]) or "no sources"
         raise DataError(f"no usable rows in {names}: {lost}")
-    ends = np.asarray(renderer.terminator_ids)
-    if renderer.num_chats and not any(
-        s.trained and np.isin(ends, s.ids).any() for t in tokens for s in t.trunk
-    ):  # fmt: skip
+    chats, ends = any(part.num_chats for part in parts), renderer.terminator_ids
+    if chats and not any(part.block.trains_any(ends) for part in parts):
         raise DataError(
             f"no trained answer in {names} has its terminator ({', '.join(template.terminators if template else ())}), "
             "so the model would never learn to stop; raise data.max_length, or use another data.chat_template"
         )
-    report.measure(tokens)
-    return Split(tokens, report, content_hash(tokens))
+    report.measure(store)
+    return Split(store, report, store.content_hash())
 
 
 def find_format(source: DataSource, data: DataSection) -> Detected:
@@ -102,14 +115,19 @@ def find_format(source: DataSource, data: DataSection) -> Detected:
     if name != "auto":
         return Detected(name, "as the recipe says")
     columns = data.columns if source.columns is None else source.columns
-    skip, first = data.on_bad_row == "skip", None
-    for index, row in rows(source, on_bad=(lambda *_: None) if skip else None):
+    first: DataError | None = None
+
+    def note(index: int, error: DataError) -> None:
+        nonlocal first
+        first = first or error
+        if data.on_bad_row != "skip":
+            raise _counted(error, *_usable(source, lambda row, _: detect(row, columns)))
+
+    for index, row in rows(source, on_bad=note):
         try:
             return detect(row, columns)
         except DataError as error:
-            first = first or DataError(f"{place(source.path, index)}: {error}")
-            if not skip:
-                break
+            note(index, DataError(f"{place(source.path, index)}: {error}", error.kind))
     raise first or DataError(f"{source.path} holds no readable row; give a file with one JSON object for each row")
 
 
@@ -138,25 +156,131 @@ def walk(
             try:
                 yield replace(parse(row), source=source.path, row=index)
             except DataError as error:
-                on_bad(index, DataError(f"{place(source.path, index)}: {error}"))
+                on_bad(index, DataError(f"{place(source.path, index)}: {error}", error.kind))
 
     for chunk in _chunks(examples(), CHUNK):
         yield from zip(chunk, renderer.render_batch(chunk, lambda e, error: on_bad(e.row, error)), strict=True)
 
 
-def _render_source(source: DataSource, data: DataSection, renderer: Renderer) -> Iterator[Tokens]:
-    detected, report = find_format(source, data), renderer.report
-    commit = "" if local_path(source) else f"@{content_hash_of_source(source)}"
-    report.sources.append(f"{source.path}{commit}: {detected.name} ({detected.reason})")
+def _part(
+    source: DataSource, data: DataSection, renderer: Renderer, common: dict[str, Any], accepts: Sequence[str]
+) -> cache.Part:
+    """The samples of a source, from the cache if they are there, and into it if not."""
+
+    def check_kind(name: str) -> None:
+        kind = FORMATS.get(name).kind
+        if kind not in accepts:
+            raise DataError(
+                f"{source.path} is of the format '{name}', which is {kind} data, and this stage trains on "
+                f"{' or '.join(accepts)} data; name another file, or set data.format to a format of that kind"
+            )
+
+    @_without_collector()
+    def render(builder: StoreBuilder) -> tuple[DataReport, str, int]:
+        detected = find_format(source, data)
+        check_kind(detected.name)
+        renderer.report, renderer.num_chats = DataReport(), 0
+        commit = "" if local_path(source) else f"@{content}"
+        renderer.report.sources.append(f"{source.path}{commit}: {detected.name} ({detected.reason})")
+        for samples in _rendered(source, detected, data, renderer):
+            builder.add(samples)
+        return renderer.report, detected.name, renderer.num_chats
+
+    before = stamp(source)
+    content = content_hash_of_source(source) if data.cache or before is None else ""
+
+    def render_unmoved(builder: StoreBuilder) -> tuple[DataReport, str, int]:
+        found = render(builder)
+        if stamp(source) != before:  # and so its hash is that of something else
+            raise DataError(f"{source.path} was changed while it was read; start again when nothing writes to it")
+        return found
+
+    notes = []
+    if data.cache:
+        key = cache.entry_key(common, source, content, kind_of_file(source))
+        if part := cache.find(key, source.path):
+            check_kind(part.format)
+            return part
+        try:
+            return cache.keep(key, source.path, render_unmoved)
+        except cache.Unwritable as error:
+            notes.append(f"warning: the tokens of {source.path} are not kept for the next time ({error})")
+    builder = StoreBuilder()
+    report, name, num_chats = render_unmoved(builder)
+    report.notes += notes
+    return cache.Part(builder.finish(), report, name, num_chats)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Without searches for cycles of garbage: rendering makes none, and each search walks all that the process holds.
+
+    Measured on 7,000 chats: a third of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _rendered(source: DataSource, detected: Detected, data: DataSection, renderer: Renderer) -> Iterator[list[Tokens]]:
+    """The samples of a source, some at a time. A row that cannot be used is counted, or the end."""
 
     def skip(index: int, error: DataError) -> None:
-        where = place(source.path, index)
         if data.on_bad_row != "skip":
-            raise error
-        report.count("skipped", where, str(error).removeprefix(f"{where}: "))
+            raise _BadRow(error)
+        where = place(source.path, index)
+        renderer.report.count("skipped", where, str(error).removeprefix(f"{where}: "))
 
-    for _, samples in walk(source, detected, data, renderer, skip):
-        yield from samples
+    try:
+        found = (samples for _, samples in walk(source, detected, data, renderer, skip))
+        while some := list(itertools.islice(found, CHUNK)):
+            yield [sample for samples in some for sample in samples]
+    except _BadRow as bad:
+        parse = parser(detected.name, data.columns if source.columns is None else source.columns)
+
+        def check(row: dict[str, Any], index: int) -> None:
+            renderer.check(replace(parse(row), source=source.path, row=index))
+
+        raise _counted(bad.error, *_usable(source, check)) from None
+
+
+class _BadRow(Exception):
+    """A row that ends the reading, on its way through those who would catch a DataError."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _usable(source: DataSource, check: Callable[[dict[str, Any], int], object]) -> tuple[int, int]:
+    """How many rows of a source pass `check`, and how many there are; as far as it can be read."""
+    good = total = 0
+
+    def unreadable(*_: object) -> None:
+        nonlocal total
+        total += 1
+
+    try:
+        for index, row in itertools.islice(rows(source, on_bad=unreadable), source.limit):
+            total += 1
+            try:
+                check(row, index)
+            except DataError:
+                continue
+            good += 1
+    except DataError:
+        pass  # the file ends here; the error at hand is of an earlier row
+    return good, total
+
+
+def _counted(error: DataError, good: int, total: int) -> DataError:
+    """The error, with what skipping such rows would leave."""
+    left = f"{good:,} of {total:,} rows could be used (data.on_bad_row: skip)"
+    return DataError(f"{error}; {left}", error.kind)
 
 
 def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
@@ -164,32 +288,35 @@ def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
         yield chunk
 
 
-def _sample(tokens: list[Tokens], source: DataSource, report: DataReport, seed: list[int]) -> list[Tokens]:
-    """`weight` as a sampling ratio: 2.0 is every sample twice, 0.5 a seeded half, 1.5 all and a seeded half again."""
-    whole, part = divmod(source.weight, 1.0)
-    extra = round(part * len(tokens))
-    chosen = sorted(np.random.Generator(np.random.PCG64(seed)).permutation(len(tokens))[:extra].tolist())
-    out = tokens * int(whole) + [tokens[i] for i in chosen]
-    if len(out) < len(tokens):
-        kept = set(chosen)
-        for i, sample in enumerate(tokens):
-            if i not in kept:
-                report.count("not_sampled", place(sample.source, sample.row))
-    elif len(out) > len(tokens):
-        report.count("repeated", source.path, times=len(out) - len(tokens))
+def sampled(n: int, weight: float, seed: list[int]) -> np.ndarray:
+    """`weight` as a sampling ratio: 2.0 is every sample twice, 0.5 a seeded half, 1.5 all and a seeded half again.
+
+    Returns the indices of what is used of `n` samples, in order: int64 [samples used].
+    """
+    whole, part = divmod(weight, 1.0)
+    chosen = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(n)[: round(part * n)])
+    return np.concatenate([np.tile(np.arange(n), int(whole)), chosen])
+
+
+def _sample(tokens: TokenStore, source: DataSource, report: DataReport, seed: list[int]) -> np.ndarray:
+    """The indices of what the weight of a source leaves (`sampled`); counts what it leaves out or repeats."""
+    n, out = len(tokens), sampled(len(tokens), source.weight, seed)
+    if len(out) < n:
+        left = np.setdiff1d(np.arange(n), out)
+        report.count_many("not_sampled", _places(tokens, left), len(left))
+    elif len(out) > n:
+        report.count("repeated", source.path, times=len(out) - n)
     return out
 
 
-def content_hash(tokens: Sequence[Tokens]) -> str:
+def _places(tokens: TokenStore, indices: np.ndarray) -> Iterator[str]:
+    """Where the first of the samples at `indices` come from."""
+    return (place(*tokens.origin(int(i))) for i in indices[:MAX_PLACES])
+
+
+def content_hash(tokens: Iterable[Tokens]) -> str:
     """sha256 over ids, masks and weights, in order."""
-    digest = hashlib.sha256()
-    for sample in tokens:
-        for spans in (sample.trunk, *sample.branches):
-            shape = ",".join(f"{len(s.ids)}:{s.weight if s.trained else 0.0}" for s in spans)
-            digest.update(f"[{shape}]".encode())
-            for s in spans:
-                digest.update(s.ids.astype("<i4").tobytes())
-    return digest.hexdigest()
+    return TokenStore.of(tokens).content_hash()
 
 
 def holdout(split: Split, fraction: float) -> tuple[Split, Split]:
@@ -200,23 +327,24 @@ def holdout(split: Split, fraction: float) -> tuple[Split, Split]:
     Raises:
         DataError: there are not two different samples to divide.
     """
-    assert 0 < fraction < 1
-    keys = [hashlib.sha256(np.asarray(t.ids(), "<i4").tobytes()).digest() for t in split.tokens]
-    distinct = sorted(set(keys))
-    if len(distinct) < 2:
-        raise DataError(f"data.eval: {fraction} cannot hold out a part of {len(distinct)} distinct row; add rows")
-    number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-    held = set(distinct[:number])
+    held = held_out(split.tokens.keys(), fraction)
     train, evaluation = split.report.copy(), DataReport(sources=[f"held out by content hash: {fraction}"])
-    parts: tuple[list[Tokens], list[Tokens]] = ([], [])
-    for sample, key in zip(split.tokens, keys, strict=True):
-        parts[key in held].append(sample)
-        if key in held:
-            train.count("held_out", place(sample.source, sample.row))
+    parts = [split.tokens.take(np.flatnonzero(side)) for side in (~held, held)]
+    train.count_many("held_out", _places(split.tokens, np.flatnonzero(held)), len(parts[1]))
     train.measure(parts[0])
     evaluation.measure(parts[1])
     evaluation.rows_read = len(parts[1])
-    return Split(parts[0], train, content_hash(parts[0])), Split(parts[1], evaluation, content_hash(parts[1]))
+    return Split(parts[0], train, parts[0].content_hash()), Split(parts[1], evaluation, parts[1].content_hash())
+
+
+def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which samples `holdout` holds out, by their keys (`TokenStore.keys`): bool [samples]."""
+    assert 0 < fraction < 1
+    distinct = np.unique(keys)
+    if len(distinct) < 2:
+        raise DataError(f"data.eval: {fraction} cannot hold out a part of {len(distinct)} distinct row; add rows")
+    number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
+    return keys <= distinct[number - 1]
 
 
 class Plan:

@@ -112,13 +112,14 @@ class AdapterSection(Section):
 class DataSource(Section):
     """One file or Hub data set; what is not given here comes from the data section."""
 
-    path: Text = Field(description="JSONL, JSON or parquet file, or Hub id `org/name`.")
+    path: Text = Field(description="JSONL, JSON, CSV, TSV or parquet file, or Hub id `org/name`.")
     split: Text = Field("train", description="Split of a Hub data set.")
     weight: float = Field(1.0, gt=0, description="How often each of its rows is used: 2 twice, 0.5 a seeded half.")
     limit: Count | None = Field(None, description="Read only the first `limit` rows.")
     format: Format | None = Field(None, description="Shape of a row, if not that of data.format.")
     columns: dict[str, str] | None = Field(None, description="Column names, if not those of data.columns.")
     revision: Text | None = Field(None, description="Commit, tag or branch of a Hub id.")
+    streaming: bool = Field(False, description="Read a Hub id row by row over the network, storing none of it.")
 
 
 _SourcesInput = Text | DataSource | list[Text | DataSource]
@@ -166,7 +167,11 @@ class DataSection(Section):
     )
     packing: bool = Field(True, description="Lay several documents in one row, each seeing only itself.")
     on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at a bad row, or skip and count it.")
-    cache: bool = Field(True, description="Keep the tokens of a source, and use them again while nothing has changed.")
+    cache: bool = Field(
+        True,
+        description="Keep the tokens of a source in ~/.cache/tuner (or the folder TUNER_CACHE), and use them again "
+        "while nothing has changed.",
+    )
 
 
 class LossSection(BaseModel):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -20,6 +21,9 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from tuner import kernels
 from tuner import recipe as recipes
 from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entries
+from tuner.data.check import check
+from tuner.data.check.brief import brief
+from tuner.data.check.report import CheckReport
 from tuner.data.render import Renderer
 from tuner.data.report import place
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
@@ -210,7 +214,7 @@ def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
     questions = read_questions(recipe.eval.questions) if recipe.eval.questions else ()
     assert isinstance(train.microbatch_tokens, int)
     plan = Plan(
-        [len(sample) for sample in split.tokens],
+        split.tokens.lengths,
         batch_size=train.batch_size,
         batch_unit=train.batch_unit,
         microbatch_tokens=train.microbatch_tokens,
@@ -227,6 +231,18 @@ def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
     return found
 
 
+def check_data(recipe: Recipe) -> CheckReport:
+    """What is wrong with the data of a recipe, and what training would make of it on this machine."""
+    devices, data, train = find_devices(), recipe.data, recipe.train
+    return check(
+        data,
+        train,
+        load_tokenizer(recipe.model.name_or_path, recipe.model.revision),
+        microbatch_tokens=resolve_microbatch(train.microbatch_tokens, devices.device, data.max_length),
+        world_size=devices.world_size,
+    )
+
+
 def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     here = f"{Path.cwd()}{os.sep}"
 
@@ -237,6 +253,9 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     say("data", found.train.report.lines())
     if found.held_out:
         say("held out", found.held_out.report.lines())
+    ends = found.renderer.terminator_ids if recipe.data.train_on != "all" else ()
+    held_out = found.held_out.tokens if isinstance(recipe.data.eval, tuple) and found.held_out else None
+    say("check", brief(found.train.tokens, held_out, bos=found.tokenizer.bos_token_id, terminators=ends))
     template = found.template.name if found.template else "none (raw text)"
     say("template", [f"{template}; trained: {recipe.data.train_on}"])
     plan, unit = found.plan, recipe.train.batch_unit
@@ -389,11 +408,12 @@ def _check_slots(template: Template, base: nn.Module, trained: bool) -> None:
 
 def _check_context(positions: int, data: Data) -> None:
     """Refuses samples longer than the positions that the base was made for."""
-    for sample in (*data.train.tokens, *(data.held_out.tokens if data.held_out else ())):
-        if len(sample) > positions:
+    for split in (data.train, data.held_out) if data.held_out else (data.train,):
+        for i in np.flatnonzero(split.tokens.lengths > positions)[:1].tolist():
             raise DataError(
-                f"{place(sample.source, sample.row)}: {len(sample):,} tokens, and the base was made for {positions:,} "
-                f"positions; set data.max_length: {positions} and say with data.overlong what happens to longer rows"
+                f"{place(*split.tokens.origin(i))}: {split.tokens.lengths[i]:,} tokens, and the base was made for "
+                f"{positions:,} positions; set data.max_length: {positions} and say with data.overlong what happens to "
+                "longer rows"
             )
 
 

@@ -20,6 +20,7 @@ from tuner import recipe as recipes
 from tuner.checkpoint import Checkpoint, RunDir, damage, flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
+from tuner.data.store import TokenStore
 from tuner.data.stream import Plan
 from tuner.errors import Interrupted, RunDirError
 from tuner.evaluate import Question, QuestionReport, answer_questions
@@ -166,7 +167,7 @@ class Session:
         if self.held_out:
             capacity = self.recipe.train.microbatch_tokens
             assert isinstance(capacity, int)
-            microbatches = bins([len(sample) for sample in self.held_out], capacity)
+            microbatches = bins(TokenStore.of(self.held_out).lengths.tolist(), capacity)
             losses = evaluate_loss(
                 self.policy, self.stage, self.held_out, microbatches, self.devices, lambda: not self.signals.received
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tuner.data.formats import FORMATS, Format, as_text, column
@@ -14,16 +14,17 @@ from tuner.types import Example, Message
 class Text(Format):
     """One document: BOS, the text, EOS."""
 
+    kind = "text"
     columns = ("text",)
     looks_for = "a column 'text'"
 
     @staticmethod
-    def detect(keys: Collection[str]) -> bool:
-        return "text" in keys
+    def detect(row: Mapping[str, Any]) -> bool:
+        return "text" in row
 
     @staticmethod
     def parse(row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
         content = as_text(column(row, columns, "text"), columns.get("text", "text"))
         if not content:
-            raise DataError(f"{columns.get('text', 'text')} is empty; remove the row")
+            raise DataError(f"{columns.get('text', 'text')} is empty; remove the row", kind="nothing_to_train")
         return Example(prompt=(), completions=((Message("text", content),),))

@@ -30,7 +30,7 @@ BOS, EOS = "bos_token", "eos_token"
 class Piece(NamedTuple):
     """A control token, or text that is tokenised as one unit and can never hold one.
 
-    Some tokenizers put a blank of their own before a text. `lead` says whether they may: by default after a control
+    Some tokenizers put a blank of their own before a text. `lead` says whether they do: by default after a control
     token they do as they always do there, and never where two texts meet.
     """
 
@@ -68,6 +68,8 @@ class Template:
     roles: tuple[str, ...]
     pieces: PiecesFn
     tools: bool = False  # whether it has a place for tools, calls and their results
+    optional: tuple[str, ...] = ()  # control tokens that only some conversations need, refused when such a one comes
+    tags: tuple[str, ...] = ()  # control pieces that are plain text where the tokenizer does not have them
     write: Callable[..., str] | None = None  # options -> jinja, of a template that has options
     also: frozenset[str] = frozenset()  # fingerprints of other Jinja texts that render chats in the same way
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # as given; the others have their defaults
@@ -99,17 +101,17 @@ class Template:
         Raises:
             RecipeError: it has no such control token, or two would stand for each other.
         """
+        every = (*self.control, *self.optional, *self.tags)
         for name in renamed:
-            if name not in self.control:
-                mine = ", ".join(c for c in self.control if c not in (BOS, EOS)) or "none"
+            if name not in every:
+                mine = ", ".join(c for c in every if c not in (BOS, EOS)) or "none"
                 raise RecipeError(
                     f"data.control_tokens: chat_template '{self.name}' has no control token '{name}'"
-                    f"{did_you_mean(name, self.control)}; it has: {mine}"
+                    f"{did_you_mean(name, every)}; it has: {mine}"
                 )
         if not renamed:
             return self
-        control = tuple(renamed.get(name, name) for name in self.control)
-        if len(set(control)) < len(control):
+        if len({renamed.get(name, name) for name in every}) < len(every):
             raise RecipeError("data.control_tokens: two control tokens share one slot; give each a slot of its own")
         jinja = self.jinja
         for name, slot in renamed.items():
@@ -117,7 +119,9 @@ class Template:
         return replace(
             self,
             jinja=jinja,
-            control=control,
+            control=tuple(renamed.get(name, name) for name in self.control),
+            optional=tuple(renamed.get(name, name) for name in self.optional),
+            tags=tuple(renamed.get(name, name) for name in self.tags),
             terminators=tuple(renamed.get(name, name) for name in self.terminators),
             pieces=functools.partial(_renamed_pieces, self.pieces, dict(renamed)),
             renamed=dict(renamed),
@@ -168,14 +172,19 @@ def resolve_template(
     else:
         template = _own_template(tokenizer, options, control_tokens)
     if missing := missing_controls(template, tokenizer):
-        slots = [t for t in control_ids(tokenizer) if "reserved" in t]
-        maps = f"map them onto slots it has (data.control_tokens: {{'{missing[0]}': '{slots[0]}'}})" if slots else ""
-        raise ModelError(
-            f"chat_template '{template.name}' needs {', '.join(missing)}, which the tokenizer of "
-            f"{tokenizer.name_or_path} does not have as control tokens; {maps or 'use a checkpoint that has them'}, "
-            "or choose another data.chat_template"
-        )
+        raise lacking(template, missing, tokenizer)
     return template
+
+
+def lacking(template: Template, missing: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> ModelError:
+    """The error that the tokenizer has not the control tokens `missing` of the template, with what to do about it."""
+    slots = [t for t in control_ids(tokenizer) if "reserved" in t]
+    maps = f"map them onto slots it has (data.control_tokens: {{'{missing[0]}': '{slots[0]}'}})" if slots else ""
+    return ModelError(
+        f"chat_template '{template.name}' needs {', '.join(missing)}, which the tokenizer of "
+        f"{tokenizer.name_or_path} does not have as control tokens; {maps or 'use a checkpoint that has them'}, "
+        "or choose another data.chat_template"
+    )
 
 
 def _own_template(
@@ -200,8 +209,7 @@ def _own_template(
                 f"data.{key}: the chat template of {tokenizer.name_or_path} is its own, which has none that we could "
                 f"set; remove the key, or name a data.chat_template"
             )
-    # imported here: it starts a process for a template that hardly any checkpoint has
-    return importlib.import_module("tuner.data.foreign").foreign_template(own, tokenizer)
+    return foreign.foreign_template(own, tokenizer)
 
 
 def recognise(jinja: str) -> Template | None:
@@ -284,3 +292,5 @@ for _module in pkgutil.iter_modules(__path__):  # alphabetical; this is what mak
         _template: Template = importlib.import_module(f"{__name__}.{_module.name}").TEMPLATE
         assert _template.name == template_name(_module.name), f"{_module.name}.py defines '{_template.name}'"
         TEMPLATES[_template.name] = _template
+
+from tuner.data import foreign  # noqa: E402  it is made of what stands above

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.data.templates import BOS, Piece, Template
+from tuner.data.templates._llama3 import END, EOT, START, answer, header, turn
 from tuner.types import Message
-
-START, END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 JINJA = """\
 {{- bos_token }}
@@ -36,14 +35,8 @@ def pieces(
     out = [Piece(BOS, control=True)]
     for i, message in enumerate(messages):
         content = message.content.strip()
-        out += [Piece(START, True, message=i), Piece(message.role, message=i), Piece(END, True, message=i)]
-        if message.role == "assistant":
-            out += [Piece("\n\n", message=i), Piece(content, owner=i, message=i), Piece(EOT, True, i, i)]
-        else:
-            out += [Piece("\n\n" + content, message=i), Piece(EOT, True, message=i)]
-    if add_generation_prompt:
-        out += [Piece(START, True), Piece("assistant"), Piece(END, True), Piece("\n\n")]
-    return out
+        out += answer(i, content) if message.role == "assistant" else turn(message.role, i, content)
+    return out + (header("assistant") if add_generation_prompt else [])
 
 
 TEMPLATE = Template(
