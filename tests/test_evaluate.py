@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tuner import evaluate as module
 from tuner.data.render import Renderer
-from tuner.data.templates import resolve_template
+from tuner.data.resolve import resolve_template
 from tuner.errors import DataError
 from tuner.evaluate import Question, QuestionReport, answer_questions, exact_match, read_questions
 from tuner.recipe import GenerateSection

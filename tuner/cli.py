@@ -238,7 +238,8 @@ def data_show(
     if html is not None and color is not None:
         raise UserError("--color and --no-color have no effect with --html; leave one of them out")
     _quiet_libraries()
-    from tuner.data import page, show, terminal
+    from tuner.data import show
+    from tuner.data.show import page, terminal
     from tuner.model.load import load_tokenizer
 
     if html is not None:

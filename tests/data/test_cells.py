@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tuner.data.cells import CellReader, clean, visible
 from tuner.data.render import Renderer
+from tuner.data.show.cells import CellReader, clean, visible
 from tuner.data.templates import TEMPLATES
 from tuner.types import span
 

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tuner import recipe as recipes
 from tuner.data.foreign import foreign_template
 from tuner.data.render import Renderer
-from tuner.data.templates import as_openai, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import as_openai
 from tuner.errors import DataError, ModelError
 from tuner.stages import sft
 from tuner.types import Example, Message, Tokens, ToolCall

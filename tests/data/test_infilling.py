@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from tuner.data.formats import detect, parser
 from tuner.data.render import Renderer
-from tuner.data.templates import TEMPLATES, as_openai, recognise, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import TEMPLATES, as_openai, recognise
 from tuner.errors import DataError, ModelError, RecipeError
 from tuner.types import Example, Message
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tuner.data import jinja, sandbox
-from tuner.data.foreign import foreign_template
+from tuner.data.foreign import foreign_template, jinja, sandbox
 from tuner.data.render import Renderer
 from tuner.errors import DataError, ModelError
 from tuner.types import Example, Message
@@ -163,7 +162,7 @@ def test_the_renderer_can_open_and_start_nothing() -> None:
 
 PARENT = """
 import os, sys, time
-from tuner.data.jinja import Process
+from tuner.data.foreign.jinja import Process
 process = Process(sys.argv[1], {})
 process.start()
 if sys.argv[2] == "forks" and os.fork() == 0:

@@ -5,7 +5,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tuner.data.foreign import foreign_template
-from tuner.data.literal import Splitter
+from tuner.data.foreign.literal import Splitter
 from tuner.data.render import Renderer
 from tuner.errors import DataError
 from tuner.types import Example, Message, Tokens

@@ -12,7 +12,8 @@ from jinja2.exceptions import TemplateError
 
 from tests.data.chats import OFFICIAL, as_example, as_messages, by_jinja, has_place, text_of, trained_runs
 from tuner.data.render import Renderer
-from tuner.data.templates import TEMPLATES, recognise, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import TEMPLATES, recognise
 from tuner.errors import DataError, ModelError
 from tuner.types import Example
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data import page, terminal
-from tuner.data.cells import turns, visible
 from tuner.data.formats import parser
 from tuner.data.render import Renderer
-from tuner.data.show import Look, look
+from tuner.data.show import Look, look, page, terminal
+from tuner.data.show.cells import turns, visible
 from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError, RecipeError, RunDirError
 from tuner.recipe import DataSection

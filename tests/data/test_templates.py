@@ -19,7 +19,8 @@ from transformers.utils import chat_template_utils
 from tests.data.chats import OFFICIAL, as_example, by_jinja, has_place, template_for, text_of, trained_runs
 from tuner.data.encode import TextEncoder
 from tuner.data.render import Renderer
-from tuner.data.templates import TEMPLATES, fingerprint, recognise, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import TEMPLATES, fingerprint, recognise
 from tuner.errors import DataError, ModelError, RecipeError
 from tuner.types import ANSWERS
 

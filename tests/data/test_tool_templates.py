@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tuner.data.render import Renderer
-from tuner.data.templates import BOS, EOS, TEMPLATES, as_openai, fingerprint, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import BOS, EOS, TEMPLATES, as_openai, fingerprint
 from tuner.errors import DataError
 from tuner.types import Example, Message, ToolCall
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tuner.data import encode, literal
-from tuner.data.foreign import foreign_template
+from tuner.data import encode
+from tuner.data.foreign import foreign_template, literal
 from tuner.data.render import Renderer
 from tuner.data.templates import TEMPLATES, Template, control_ids, tojson
 from tuner.errors import DataError

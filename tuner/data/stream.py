@@ -19,10 +19,11 @@ from tuner.data.formats import FORMATS, Detected, detect, parser, unread_columns
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
 from tuner.data.report import MAX_PLACES, DataReport, place
+from tuner.data.resolve import resolve_template
 from tuner.data.source import content_hash as content_hash_of_source
 from tuner.data.source import kind_of_file, local_path, rows, stamp
 from tuner.data.store import StoreBuilder, TokenStore
-from tuner.data.templates import Template, resolve_template
+from tuner.data.templates import Template
 from tuner.errors import DataError
 from tuner.types import Example, Tokens
 

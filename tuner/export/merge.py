@@ -26,8 +26,9 @@ import tuner
 from tuner import recipe
 from tuner.checkpoint import check_result, check_space, file_entries, publish_directory, read_manifest
 from tuner.data.render import Renderer
+from tuner.data.resolve import resolve_template
 from tuner.data.stream import load_split
-from tuner.data.templates import TEMPLATES, Template, resolve_template
+from tuner.data.templates import TEMPLATES, Template
 from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, TunerError
 from tuner.evaluate import read_questions
 from tuner.model import quantize

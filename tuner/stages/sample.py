@@ -19,7 +19,8 @@ from tuner.data.formats._functions import tools_of
 from tuner.data.formats.messages import to_messages
 from tuner.data.render import Renderer
 from tuner.data.report import place
-from tuner.data.templates import as_openai, resolve_template
+from tuner.data.resolve import resolve_template
+from tuner.data.templates import as_openai
 from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
 from tuner.model.adapter import load_adapter, read_meta

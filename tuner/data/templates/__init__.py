@@ -149,33 +149,6 @@ def _renamed_pieces(
     return [p._replace(text=renamed.get(p.text, p.text)) if p.control else p for p in found]
 
 
-def resolve_template(
-    name: str,
-    tokenizer: PreTrainedTokenizerFast,
-    options: Mapping[str, Any] | None = None,
-    control_tokens: Mapping[str, str] | None = None,
-) -> Template:
-    """The template called `name`; `auto` takes the tokenizer's own.
-
-    An own one that is known is rendered by us; an unknown one is rendered as it is (see `tuner.data.foreign`).
-
-    Raises:
-        RecipeError: there is no such template, or it has no such option or control token.
-        ModelError: the tokenizer has no template, or lacks a control token of the one asked for.
-    """
-    options, control_tokens = options or {}, control_tokens or {}
-    if name != "auto":
-        if name not in TEMPLATES:
-            known = ", ".join(("auto", *TEMPLATES))
-            raise RecipeError(f"data.chat_template: unknown '{name}'{did_you_mean(name, TEMPLATES)}; known: {known}")
-        template = TEMPLATES[name].with_options(options).with_control_tokens(control_tokens)
-    else:
-        template = _own_template(tokenizer, options, control_tokens)
-    if missing := missing_controls(template, tokenizer):
-        raise lacking(template, missing, tokenizer)
-    return template
-
-
 def lacking(template: Template, missing: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> ModelError:
     """The error that the tokenizer has not the control tokens `missing` of the template, with what to do about it."""
     slots = [t for t in control_ids(tokenizer) if "reserved" in t]
@@ -185,31 +158,6 @@ def lacking(template: Template, missing: Sequence[str], tokenizer: PreTrainedTok
         f"{tokenizer.name_or_path} does not have as control tokens; {maps or 'use a checkpoint that has them'}, "
         "or choose another data.chat_template"
     )
-
-
-def _own_template(
-    tokenizer: PreTrainedTokenizerFast, options: Mapping[str, Any], control_tokens: Mapping[str, str]
-) -> Template:
-    own = tokenizer.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
-    if own is None:
-        fits = [t.name for t in TEMPLATES.values() if not missing_controls(t, tokenizer)]
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; set data.chat_template to one it has the "
-            f"control tokens for: {', '.join(fits)}"
-        )
-    found = recognise(own)
-    if found is not None:
-        settings = {**found.options, **options}
-        renamed = {**found.renamed, **control_tokens}
-        return TEMPLATES[found.name].with_options(settings).with_control_tokens(renamed)
-    for key, given in (("template_options", options), ("control_tokens", control_tokens)):
-        if given:
-            raise RecipeError(
-                f"data.{key}: the chat template of {tokenizer.name_or_path} is its own, which has none that we could "
-                f"set; remove the key, or name a data.chat_template"
-            )
-    return foreign.foreign_template(own, tokenizer)
 
 
 def recognise(jinja: str) -> Template | None:
@@ -292,5 +240,3 @@ for _module in pkgutil.iter_modules(__path__):  # alphabetical; this is what mak
         _template: Template = importlib.import_module(f"{__name__}.{_module.name}").TEMPLATE
         assert _template.name == template_name(_module.name), f"{_module.name}.py defines '{_template.name}'"
         TEMPLATES[_template.name] = _template
-
-from tuner.data import foreign  # noqa: E402  it is made of what stands above

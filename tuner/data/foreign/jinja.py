@@ -1,4 +1,4 @@
-"""A chat template and messages -> text, by way of a process that can do nothing else (see `tuner.data.sandbox`)."""
+"""A chat template and messages -> text, by a process that can do nothing else (`tuner.data.foreign.sandbox`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from tuner.data import sandbox
+from tuner.data.foreign import sandbox
 
 SECONDS = 1.2  # for one row; for all that is asked of a template before the first
 

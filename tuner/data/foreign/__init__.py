@@ -1,6 +1,6 @@
 """A chat template that nobody here knows -> pieces: its Jinja as given, its answers by verified prefix differences.
 
-The Jinja runs in a process of its own (see `tuner.data.jinja`). Of the answer at `i`, what a model is given to
+The Jinja runs in a process of its own (see `tuner.data.foreign.jinja`). Of the answer at `i`, what a model is given to
 generate it is `messages[:i]` with a generation prompt, and what it should have generated is what `messages[:i + 1]` has
 more. That is the answer only if the former is a prefix of the latter, and the latter of the whole chat; a row where one
 is not is refused, and so is a template none of whose chats pass. An answer ends with its last control token.
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tuner.data import sandbox
-from tuner.data.jinja import SECONDS, Fatal, Process, Refused
-from tuner.data.literal import Control, Hidden, Lost, Splitter, strings
+from tuner.data.foreign import sandbox
+from tuner.data.foreign.jinja import SECONDS, Fatal, Process, Refused
+from tuner.data.foreign.literal import Control, Hidden, Lost, Splitter, strings
 from tuner.data.templates import Piece, Template, as_openai
 from tuner.errors import DataError, ModelError
 from tuner.types import Message, ToolCall

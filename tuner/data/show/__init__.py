@@ -1,7 +1,7 @@
 """A recipe and a row -> its tokens as people can see them: trained or not, control tokens, weights, and what is wrong.
 
 `look` finds the rows and says what the recipe does with each; `terminal` writes them as text, with or without colours,
-and `tuner.data.page` as one HTML page. A row that the recipe refuses, drops or cuts is shown too, with the reason.
+and `tuner.data.show.page` as one HTML page. A row that the recipe refuses, drops or cuts is shown too, with the reason.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.data.cells import Cell, CellReader, clean
 from tuner.data.formats import parser, unread_columns
 from tuner.data.render import Renderer
 from tuner.data.report import DataReport, place
+from tuner.data.show.cells import Cell, CellReader, clean
 from tuner.data.source import Row, rows
 from tuner.data.stream import choose_template, find_format, make_renderer
 from tuner.data.templates import EOS, TEMPLATES, Template, control_ids

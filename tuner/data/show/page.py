@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from tuner.data.cells import Cell, clean, turns, visible
 from tuner.data.show import Look, RowView, Sample, Section
+from tuner.data.show.cells import Cell, clean, turns, visible
 from tuner.errors import RunDirError
 
 STYLE = """

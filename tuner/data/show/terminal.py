@@ -13,8 +13,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from tuner.data.cells import Cell, clean, turns, visible
 from tuner.data.show import Look, RowView, Sample, Section
+from tuner.data.show.cells import Cell, clean, turns, visible
 
 RESERVED = "«»·×⟨⟩⟦⟧↵⇥"  # marks of ours, which without colours only their code can stand for in the data
 # Colour says whether a token is trained, and underlines of every other token show where tokens meet.
