@@ -111,8 +111,10 @@ def test_mutant_a_mean_of_means(
     def denominators(self: sft.SFT, samples: Sequence[Tokens]) -> dict[str, float]:
         return {"nll": 1.0}
 
-    def losses(self: sft.SFT, policy: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"nll": original(self, policy, batch)["nll"] / batch.weight_sum}
+    def losses(
+        self: sft.SFT, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]
+    ) -> dict[str, Tensor]:
+        return {"nll": original(self, policy, batch, samples)["nll"] / batch.weight_sum}
 
     monkeypatch.setattr(sft.SFT, "denominators", denominators)
     monkeypatch.setattr(sft.SFT, "losses", losses)

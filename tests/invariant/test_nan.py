@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from tuner import recipe as recipes
 from tuner.errors import NonFiniteError
 from tuner.stages import sft
 from tuner.train.session import Session
-from tuner.types import Batch
+from tuner.types import Batch, Tokens
 
 BAD_ROW = 5  # of the file, from 0
 
@@ -40,8 +40,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     left = [1]
     original = sft.SFT.losses
 
-    def losses(self: sft.SFT, policy: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
-        sums = original(self, policy, batch)
+    def losses(
+        self: sft.SFT, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]
+    ) -> dict[str, Tensor]:
+        sums = original(self, policy, batch, samples)
         if any(row == BAD_ROW for _, row in batch.rows):
             left[0] -= 1
             return {k: v * float("nan") for k, v in sums.items()} if left[0] < 0 else sums

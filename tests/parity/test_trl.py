@@ -69,7 +69,7 @@ def check(lm: nn.Module, tokenizer: PreTrainedTokenizerFast, output: Path, stage
     their_loss.backward()
     fuse(mine)
     samples = samples_of(trainer)
-    sums = stage.losses(Policy(mine, compute_dtype=torch.float32), pack(samples))
+    sums = stage.losses(Policy(mine, compute_dtype=torch.float32), pack(samples), samples)
     loss = sums["nll"] / stage.denominators(samples)["nll"]
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(their_loss.detach()), rel=1e-6)
@@ -98,7 +98,7 @@ def test_mutant_a_mean_of_sequence_means(lm: nn.Module, tokenizer: PreTrainedTok
         def denominators(self, samples: object) -> dict[str, float]:
             return {"nll": float(len(samples))}  # type: ignore[arg-type]
 
-        def losses(self, policy: object, batch: object) -> dict[str, torch.Tensor]:
+        def losses(self, policy: object, batch: object, samples: object) -> dict[str, torch.Tensor]:
             logps = policy(batch)  # type: ignore[operator]
             counts = batch.per_sequence(torch.ones_like(logps))  # type: ignore[attr-defined]
             return {"nll": -(batch.per_sequence(logps) / counts).sum()}  # type: ignore[attr-defined]

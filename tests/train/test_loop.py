@@ -49,22 +49,30 @@ class Bigram(nn.Module):
 @dataclass
 class Nll:
     asked: list[int] = field(default_factory=list)
+    terms: tuple[str, ...] = ("nll",)
 
     def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
         self.asked.append(len(samples))
         return {"nll": sum(weight_sum(s) for s in samples)}
 
-    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> Mapping[str, Tensor]:
+    def losses(
+        self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]
+    ) -> Mapping[str, Tensor]:
         return {"nll": -(policy(batch) * batch.weights).sum()}
 
 
 class TwoTerms(Nll):
     """A second term with a denominator of its own: sequences instead of tokens."""
 
+    def __init__(self) -> None:
+        super().__init__(terms=("nll", "length"))
+
     def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
         return super().denominators(samples) | {"length": float(len(samples))}
 
-    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> Mapping[str, Tensor]:
+    def losses(
+        self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]
+    ) -> Mapping[str, Tensor]:
         logps = policy(batch)
         return {"nll": -(logps * batch.weights).sum(), "length": (batch.per_sequence(logps) ** 2).sum()}
 

@@ -23,11 +23,12 @@ class SFT:
     """Negative log-likelihood of the trained tokens, divided by the sum of their weights over the optimizer step."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
+    terms: tuple[str, ...] = ("nll",)
 
     def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
         return {"nll": sum(weight_sum(sample) for sample in samples)}
 
-    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> dict[str, Tensor]:
+    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
         return {"nll": self.loss(policy(batch), batch.weights)}
 
 

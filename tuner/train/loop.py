@@ -7,12 +7,13 @@ accumulation nor the number of ranks moves the trajectory.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,37 @@ Sums = Mapping[str, Tensor]
 class Stage(Protocol):
     """What to count and what to minimise; the loop does the rest."""
 
-    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
-        """Term of the loss -> what its sum is divided by, counted over the samples of a whole optimizer step."""
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What is minimised; whatever else `losses` gives is a metric."""
 
-    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch) -> Sums:
-        """Term of the loss -> its sum over the batch, with gradient."""
+    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
+        """Term or metric -> what its sum is divided by, counted over the samples of a whole optimizer step.
+
+        Terms come first.
+        """
+
+    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> Sums:
+        """Term or metric -> its sum over the batch, terms with gradient; `samples` are what the batch was packed of."""
+
+
+@runtime_checkable
+class WholeStepStage(Stage, Protocol):
+    """A stage whose loss is no sum over samples: it sorts the step, or compares each sample with all of them.
+
+    All samples of the step are scored without gradient first, the derivative of the loss by each score is worked out
+    once, and the microbatches are run again with these coefficients. So the loss does not depend on how the step is
+    divided.
+    """
+
+    def scores(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        """`[samples, K]`: all that the loss knows of each sample and that has a gradient."""
+
+    def constants(self, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        """`[samples, C]`: what it knows besides, e.g. the reference's log-probs."""
+
+    def whole_losses(self, scores: Tensor, constants: Tensor) -> Sums:
+        """Term or metric -> its sum over the step, from `[samples of the step, K]` and `[samples of the step, C]`."""
 
 
 @dataclass
@@ -70,6 +97,7 @@ class StepReport:
     trained_tokens: float
     seconds: float
     skipped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)  # each by its own denominator
 
 
 class Signals:
@@ -93,6 +121,18 @@ class Signals:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.received = signum
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How to run a step again whose loss is known: the derivative by each score, and the sums to report."""
+
+    coefficients: list[Tensor | None]  # of each microbatch of this rank, [samples, K]; None for an empty one
+    sums: Tensor  # [names] of the whole step on the main rank, zeros on the others
+
+
+def _rows(found: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(len(scores) for scores, _ in found)
 
 
 @dataclass
@@ -130,13 +170,11 @@ class Loop:
         denominators = self.stage.denominators(whole)
         mine = [[self.samples[i] for i in ids] for ids in self.plan.microbatches(step, self.devices.rank)]
         self.module.train()
-        sums = []
-        for i, samples in enumerate(mine):
-            with no_sync(self.module, last=i == len(mine) - 1):
-                sums.append(self._accumulate(samples or whole[:1], denominators, weightless=not samples))
-        losses = self._total(sums) / torch.tensor(list(denominators.values()), dtype=torch.float64)
+        sums = self._accumulate_all(mine, whole[:1], denominators)
+        values = self._total(sums) / torch.tensor(list(denominators.values()), dtype=torch.float64)
+        losses = dict(zip(denominators, values.tolist(), strict=True))
         norm = clip(self.policy.parameters(), self.max_grad_norm)
-        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(losses).all())
+        finite = bool(torch.isfinite(norm)) and all(math.isfinite(losses[term]) for term in self.stage.terms)
         rate = self.schedule(step)
         if finite:
             for group in self.optimizer.param_groups:
@@ -147,7 +185,8 @@ class Loop:
             self._non_finite(step, mine, sums, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(
-            losses=dict(zip(denominators, losses.tolist(), strict=True)),
+            losses={term: losses[term] for term in self.stage.terms},
+            metrics={name: value for name, value in losses.items() if name not in self.stage.terms},
             grad_norm=float(norm),
             learning_rate=rate,
             tokens=sum(len(sample) for sample in whole),
@@ -156,22 +195,70 @@ class Loop:
             skipped=not finite,
         )
 
-    def _accumulate(self, samples: Sequence[Tokens], denominators: Mapping[str, float], *, weightless: bool) -> Tensor:
-        """Adds the gradient of one microbatch; returns its sums `[terms]` in the order of `denominators`."""
-        batch = pack(samples, ROW_MULTIPLE[self.devices.device.type]).to(self.devices.device)
+    def _accumulate_all(
+        self, mine: Sequence[Sequence[Tokens]], filler: Sequence[Tokens], denominators: Mapping[str, float]
+    ) -> list[Tensor]:
+        """Adds the gradient of every microbatch of this rank; returns the sums `[names]` of each.
+
+        A rank with no microbatch left runs `filler` all the same, times zero, so that no collective waits for it.
+        """
+        replay = self._replay(mine, denominators) if isinstance(self.stage, WholeStepStage) else None
+        sums = []
+        for i, samples in enumerate(mine):
+            with no_sync(self.module, last=i == len(mine) - 1):
+                coefficients = replay.coefficients[i] if replay and samples else None
+                sums.append(self._accumulate(samples or filler, denominators, coefficients, weightless=not samples))
+        return [replay.sums] if replay else sums
+
+    def _accumulate(
+        self,
+        samples: Sequence[Tokens],
+        denominators: Mapping[str, float],
+        coefficients: Tensor | None,
+        *,
+        weightless: bool,
+    ) -> Tensor:
+        """Adds the gradient of one microbatch; returns its sums in the order of `denominators`."""
+        batch = self._batch(samples)
         try:
-            sums = self.stage.losses(self.module, batch)
-            terms = [sums[name] / denominators[name] for name in denominators]
-            loss = torch.stack(terms).sum() * self.devices.world_size  # DDP averages over ranks
-            # A rank with no microbatch left runs one all the same, times zero, so that no collective waits for it.
+            if isinstance(self.stage, WholeStepStage):
+                scores = self.stage.scores(self.module, batch, samples)
+                loss = (scores * (torch.zeros_like(scores) if coefficients is None else coefficients)).sum()
+                values = torch.zeros(len(denominators), dtype=torch.float64)
+            else:
+                sums = self.stage.losses(self.module, batch, samples)
+                loss = torch.stack([sums[name] / denominators[name] for name in self.stage.terms]).sum()
+                values = torch.stack([sums[name].detach() for name in denominators]).double()
+            loss = loss * self.devices.world_size  # DDP averages over ranks
             (loss * 0.0 if weightless else loss).backward()
         except torch.OutOfMemoryError:
             raise OutOfMemoryError(
                 f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
                 "set train.activation_checkpointing: true (neither changes the result)"
             ) from None
-        values = torch.stack([sums[name].detach() for name in denominators]).double()
         return values * 0.0 if weightless else values
+
+    def _replay(self, mine: Sequence[Sequence[Tokens]], denominators: Mapping[str, float]) -> Replay:
+        """Scores the whole step, over all ranks, and differentiates the loss by the scores."""
+        stage = self.stage
+        assert isinstance(stage, WholeStepStage)
+        with torch.no_grad():
+            batches = [(self._batch(samples), samples) for samples in mine if samples]
+            found = [(stage.scores(self.policy, *pair), stage.constants(*pair)) for pair in batches]
+        everyone = self.devices.gather([(s.cpu(), c.cpu()) for s, c in found])
+        flat = [pair for rank in everyone for pair in rank]
+        scores = torch.cat([s for s, _ in flat]).requires_grad_()
+        sums = stage.whole_losses(scores, torch.cat([c for _, c in flat]))
+        loss = torch.stack([sums[name] / denominators[name] for name in stage.terms]).sum()
+        (gradient,) = torch.autograd.grad(loss, scores)
+        before = sum(len(s) for rank in everyone[: self.devices.rank] for s, _ in rank)
+        own = iter(gradient[before:].split([len(s) for s, _ in found] + [len(scores) - before - _rows(found)]))
+        coefficients = [next(own).to(self.devices.device) if samples else None for samples in mine]
+        values = torch.stack([sums[name].detach() for name in denominators]).double()
+        return Replay(coefficients, values if self.devices.rank == 0 else values * 0.0)
+
+    def _batch(self, samples: Sequence[Tokens]) -> Batch:
+        return pack(samples, ROW_MULTIPLE[self.devices.device.type]).to(self.devices.device)
 
     def _total(self, sums: Sequence[Tensor]) -> Tensor:
         return self.devices.sum(torch.stack(list(sums)).sum(0)).cpu()
@@ -206,6 +293,7 @@ def evaluate_loss(
     """
     denominators = stage.denominators(samples)
     total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
+    found: list[tuple[Tensor, Tensor]] = []
     given_up = False
     was_training = policy.training
     policy.eval()
@@ -214,10 +302,18 @@ def evaluate_loss(
             for ids in microbatches[devices.rank :: devices.world_size]:
                 if given_up := not keep_going():
                     break
-                sums = stage.losses(
-                    policy, pack([samples[i] for i in ids], ROW_MULTIPLE[devices.device.type]).to(devices.device)
-                )
-                total += torch.stack([sums[name] for name in denominators]).double()
+                chosen = [samples[i] for i in ids]
+                batch = pack(chosen, ROW_MULTIPLE[devices.device.type]).to(devices.device)
+                if isinstance(stage, WholeStepStage):
+                    found.append((stage.scores(policy, batch, chosen).cpu(), stage.constants(batch, chosen).cpu()))
+                else:
+                    sums = stage.losses(policy, batch, chosen)
+                    total += torch.stack([sums[name] for name in denominators]).double()
+            if isinstance(stage, WholeStepStage):
+                flat = [pair for rank in devices.gather(found) for pair in rank]
+                sums = stage.whole_losses(*(torch.cat(parts) for parts in zip(*flat, strict=True)))
+                if devices.is_main:
+                    total += torch.stack([sums[name] for name in denominators]).double()
     finally:
         policy.train(was_training)
     devices.sum(total)
