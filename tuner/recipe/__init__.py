@@ -22,6 +22,7 @@ from tuner.recipe import yaml12
 from tuner.recipe.paths import find_input, is_hub_id
 from tuner.recipe.rules import check_rules, find, first_error, idle_keys, show
 from tuner.recipe.schema import (
+    DEFAULT_LOSSES,
     SECTIONS,
     AdapterSection,
     DataSection,
@@ -80,10 +81,17 @@ def load(
         recipe = Recipe.model_validate(root.plain())
     except ValidationError as error:
         raise first_error(error, root) from None
+    recipe = _of_stage(recipe, stage or recipe.stage or "sft", given=stage or recipe.stage)
     check_rules(recipe, root)
-    if stage is not None:
-        recipe = recipe.model_copy(update={"stage": stage})
     return _find_inputs(recipe, root, file) if find_inputs else recipe
+
+
+def _of_stage(recipe: Recipe, stage: str, given: str | None) -> Recipe:
+    """The recipe with the defaults of its stage."""
+    loss = recipe.loss
+    if loss.type is None:
+        loss = loss.model_copy(update={"type": DEFAULT_LOSSES[stage]})
+    return recipe.model_copy(update={"stage": given, "loss": loss})
 
 
 def dump(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from tuner.recipe.schema import SECTIONS, DataSource, Recipe
 from tuner.recipe.yaml12 import Node
 from tuner.registry import did_you_mean
 
+PREFERENCE = ("reward", "dpo")  # stages whose rows are compared answers
 _TOP_KEYS = tuple(Recipe.model_fields)
 _WANTED = {
     "int_type": "an integer",
@@ -199,6 +200,11 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
         )
     if data.date_string is not None and "date_string" in data.template_options:
         yield "data.template_options", "date_string is set in data.date_string too; say it once"
+    if recipe.stage in PREFERENCE:
+        if data.train_on == "all":
+            yield "data.train_on", f"{recipe.stage} compares answers, so prompts are never trained; set it to assistant"
+        if adapter is not None and adapter.lora_dropout:
+            yield "adapter.lora_dropout", "policy and reference may differ by nothing but what is learned; set it to 0"
     given = root.value.get("train") if isinstance(root.value, dict) else None
     if train.batch_unit == "tokens" and not (given and isinstance(given.value, dict) and "batch_size" in given.value):
         yield "train.batch_unit", "with tokens, train.batch_size must be given too (tokens an optimizer step)"
@@ -214,6 +220,12 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
 def idle_keys(recipe: Recipe) -> Mapping[str, str]:
     """Dotted keys that have no effect in this recipe -> why. Setting one is refused, and `dump` leaves them out."""
     idle: dict[str, str] = {}
+    if recipe.stage != "dpo":
+        idle |= dict.fromkeys(("reference.model", "reference.cache"), "only `tuner dpo` compares with a reference")
+    if recipe.stage == "reward":
+        reason = "a reward model writes no text"
+        idle |= {f"generate.{key}": reason for key in SECTIONS["generate"].model_fields}
+        idle |= dict.fromkeys(("eval.questions", "eval.samples"), reason)
     if not recipe.model.load_in_4bit:
         idle |= dict.fromkeys(
             ("model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"), "model.load_in_4bit is false"

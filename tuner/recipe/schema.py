@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-Stage = Literal["sft"]
+Stage = Literal["sft", "reward", "dpo"]
+# What each stage minimises where the recipe does not say.
+DEFAULT_LOSSES = {"sft": "nll", "reward": "bradley_terry", "dpo": "sigmoid"}
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 _DATA = Path(__file__).resolve().parents[1] / "data"
@@ -179,12 +181,23 @@ class LossSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    type: Text = Field("nll", description="sft: nll (negative log-likelihood of the trained tokens).")
+    type: Text | None = Field(
+        None, description="sft: nll; reward: bradley_terry, plackett_luce; dpo: sigmoid, ipo, ...; default: the first."
+    )
 
     @property
     def parameters(self) -> Mapping[str, Any]:
         """The keys beside `type`, as given."""
         return dict(self.model_extra or {})
+
+
+class ReferenceSection(Section):
+    """What the policy is compared with (preference stages)."""
+
+    model: Text = Field("auto", description="auto: the policy at its first step; or a checkpoint directory or Hub id.")
+    cache: bool = Field(
+        False, description="Work its log-probs out once, before the first step, and keep them on disk."
+    )
 
 
 class TrainSection(Section):
@@ -268,6 +281,7 @@ class Recipe(Section):
     adapter: AdapterSection | None = Field(None, description="LoRA; without it all weights are trained.")
     data: DataSection
     loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
     generate: GenerateSection = GenerateSection()
@@ -280,6 +294,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "adapter": AdapterSection,
     "data": DataSection,
     "loss": LossSection,
+    "reference": ReferenceSection,
     "train": TrainSection,
     "eval": EvalSection,
     "generate": GenerateSection,

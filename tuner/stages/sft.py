@@ -49,7 +49,7 @@ def run(
     machine = prepare.machine(recipe, resume=resume)
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
     recipe = machine.recipe
-    stage = SFT(language.resolve(recipe.loss.type, recipe.loss.parameters))
+    stage = SFT(language.resolve(str(recipe.loss.type), recipe.loss.parameters))
     prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
     data = prepare.data(recipe, machine.devices, console)
     if dry_run:
