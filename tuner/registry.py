@@ -78,7 +78,7 @@ def check_parameters(
 
 def _parameter_schema(fn: Callable[..., Any], without: tuple[str, ...]) -> type[BaseModel]:
     plain = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
-    hints = get_type_hints(plain)
+    hints = get_type_hints(plain, include_extras=True)  # with the bounds of Annotated
     parameters = [p for p in inspect.signature(plain).parameters.values() if p.kind is p.KEYWORD_ONLY]
     fields: dict[str, Any] = {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name not in without

@@ -91,13 +91,16 @@ class Span:
 class Tokens:
     """A rendered example: a trunk, and alternative branches that each continue the trunk.
 
-    In SFT there are no branches and the trained spans lie in the trunk. A preference trunk is never trained.
+    In SFT there are no branches and the trained spans lie in the trunk. A preference trunk is never trained. `scores`
+    says of each branch how good the data calls it, higher is better, if it does: of a pair with a margin, margin and 0;
+    of one labelled answer, 1 or 0.
     """
 
     trunk: tuple[Span, ...]
     branches: tuple[tuple[Span, ...], ...] = ()
     source: str = ""
     row: int = 0
+    scores: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """Tokens the model runs over: the trunk once, and every branch."""
@@ -160,6 +163,102 @@ class Batch:
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sums per-prediction values `[M]` into per-sequence values `[S]`."""
         return values.new_zeros(self.seq_doc.shape[0]).index_add(0, self.seq_ids, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Answers as losses see them: log-probs summed over the scored tokens of each answer. All `[S]`.
+
+    Args:
+        policy: Σ_t log π(y_t | x, y_<t), with gradient while training.
+        tokens: how many tokens were summed.
+        reference: the same sum under the reference model.
+        shared, shared_reference: the two sums over the first n tokens only, n being the count of the shorter answer of
+            the pair (LD-DPO).
+        collision: Σ_t log Σ_v π(v | x, y_<t)², over the vocabulary v, without gradient (WPO with `sampled` weights).
+    """
+
+    policy: Tensor
+    tokens: Tensor
+    reference: Tensor | None = None
+    shared: Tensor | None = None
+    shared_reference: Tensor | None = None
+    collision: Tensor | None = None
+
+    @property
+    def ratio(self) -> Tensor:
+        """log π(y|x) / π_ref(y|x), `[S]`."""
+        assert self.reference is not None, "this loss needs the reference's log-probs"
+        return self.policy - self.reference
+
+    def take(self, rows: Tensor | slice) -> Scored:
+        """The answers at `rows`."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        taken: dict[str, Any] = {name: tensor[rows] for name, tensor in tensors.items()}
+        return replace(self, **taken)
+
+    @staticmethod
+    def cat(parts: Sequence[Scored]) -> Scored:
+        """All answers of `parts`, in their order; a sum that one part has, all must have."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Scored)}
+        joined = {name: torch.cat(c) for name, c in columns.items() if any(value is not None for value in c)}
+        return Scored(**joined)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What a loss over P preference pairs receives: answer p of `chosen` was preferred to answer p of `rejected`."""
+
+    chosen: Scored  # [P]
+    rejected: Scored  # [P]
+    margins: Tensor | None = None  # [P]; by how much, if the data says so
+
+    def take(self, rows: Tensor | slice) -> Pairs:
+        """The pairs at `rows`."""
+        margins = None if self.margins is None else self.margins[rows]
+        return Pairs(self.chosen.take(rows), self.rejected.take(rows), margins)
+
+    @staticmethod
+    def cat(parts: Sequence[Pairs]) -> Pairs:
+        """All pairs of `parts`, in their order; margins that one part has, all must have."""
+        margins: list[Any] = [part.margins for part in parts]
+        return Pairs(
+            Scored.cat([part.chosen for part in parts]),
+            Scored.cat([part.rejected for part in parts]),
+            torch.cat(margins) if any(m is not None for m in margins) else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Unpaired:
+    """What a loss over R single answers receives. `mismatched` is of the whole optimizer step, without gradient."""
+
+    answers: Scored  # [R]
+    desirable: Tensor  # [R] bool; whether the label calls the answer good
+    mismatched: Scored | None = None  # [K]; answers of the step, each scored after the prompt of another row
+
+    def take(self, rows: Tensor | slice) -> Unpaired:
+        """The answers at `rows`, with the mismatched ones of the whole step."""
+        return Unpaired(self.answers.take(rows), self.desirable[rows], self.mismatched)
+
+    @staticmethod
+    def cat(parts: Sequence[Unpaired]) -> Unpaired:
+        """All answers of `parts`, in their order; mismatched answers that one part has, all must have."""
+        mismatched: list[Any] = [part.mismatched for part in parts]
+        return Unpaired(
+            Scored.cat([part.answers for part in parts]),
+            torch.cat([part.desirable for part in parts]),
+            Scored.cat(mismatched) if any(m is not None for m in mismatched) else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What a loss of a reward model receives: the rewards of L lists of up to K answers, the best one first."""
+
+    rewards: Tensor  # [L, K] float32
+    lengths: Tensor  # [L] int64; answers in each list, 2 or more; what lies behind them is not read
+    margins: Tensor | None = None  # [L]; of the first over the second, in lists of two
 
 
 def span(ids: Sequence[int] | np.ndarray, trained: bool, weight: float = 1.0) -> Span:

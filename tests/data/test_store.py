@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,19 @@ def test_damaged_files_are_not_used(name: str, tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text("{")
     with pytest.raises(Damaged):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_scores_of_branches_come_back_and_are_part_of_the_hash(on_disk, tmp_path):
+    trunk, branch = (span([1, 2], False),), (span([3], True),)
+    samples = [
+        Tokens(trunk, (branch, branch), "a.jsonl", 0, (2.5, 0.0)),
+        Tokens(trunk, (branch, branch), "a.jsonl", 1),
+        Tokens(trunk, (branch,), "a.jsonl", 2, (1.0,)),
+        Tokens((span([1, 2], True),), (), "a.jsonl", 3),
+    ]
+    builder = StoreBuilder(tmp_path if on_disk else None)
+    builder.add(samples)
+    store = TokenStore([builder.finish()])
+    assert [sample.scores for sample in store] == [(2.5, 0.0), (), (1.0,), ()]
+    assert store.content_hash() != TokenStore.of([replace(s, scores=()) for s in samples]).content_hash()

@@ -484,7 +484,17 @@ def _length(parts: Iterable[Weighted]) -> int:
 
 
 def _tokens(example: Example, trunk: Iterable[Weighted], branches: Iterable[Iterable[Weighted]] = ()) -> Tokens:
-    return Tokens(_spans(trunk), tuple(map(_spans, branches)), source=example.source, row=example.row)
+    runs = tuple(map(_spans, branches))
+    return Tokens(_spans(trunk), runs, example.source, example.row, _scores(example) if runs else ())
+
+
+def _scores(example: Example) -> tuple[float, ...]:
+    """How good the data calls each completion; nothing where it does not say."""
+    if example.label is not None:
+        return (float(example.label),)
+    if example.margin is not None:
+        return (example.margin, 0.0)
+    return example.scores or ()
 
 
 def _spans(parts: Iterable[Weighted]) -> tuple[Span, ...]:

@@ -6,6 +6,7 @@ The arrays of a block are, each little-endian, and as a file raw:
     span_ends    int64 [P + 1]  where each span begins and ends in `ids`
     weights      float64 [P]    of each span; 0 where it is not trained
     run_ends     int64 [R + 1]  where each run (a trunk or a branch) begins and ends in spans
+    scores       float64 [R]    of each branch, if the data says so; else NaN
     sample_ends  int64 [S + 1]  where each sample begins and ends in runs
     rows         int64 [S]      the row of each sample in its source
     names        int32 [S]      its source, as an index of the header's list
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ DTYPES = {
     "span_ends": "<i8",
     "weights": "<f8",
     "run_ends": "<i8",
+    "scores": "<f8",
     "sample_ends": "<i8",
     "rows": "<i8",
     "names": "<i4",
@@ -54,6 +57,7 @@ class Block:
     span_ends: np.ndarray
     weights: np.ndarray
     run_ends: np.ndarray
+    scores: np.ndarray
     sample_ends: np.ndarray
     rows: np.ndarray
     names: np.ndarray
@@ -77,7 +81,11 @@ class Block:
             for start, stop, weight in zip(ends[:-1], ends[1:], weights, strict=True)
         ]
         parts = [tuple(spans[a - runs[0] : b - runs[0]]) for a, b in zip(runs[:-1], runs[1:], strict=True)]
-        return Tokens(parts[0], tuple(parts[1:]), self.sources[self.names[i]], int(self.rows[i]))
+        scores: tuple[float, ...] = ()
+        if len(parts) > 1:
+            found = self.scores[self.sample_ends[i] + 1 : self.sample_ends[i + 1]].tolist()
+            scores = () if math.isnan(found[0]) else tuple(found)
+        return Tokens(parts[0], tuple(parts[1:]), self.sources[self.names[i]], int(self.rows[i]), scores)
 
     def trained(self) -> np.ndarray:
         """Tokens of each sample that are prediction targets: `[S]`."""
@@ -179,8 +187,8 @@ class TokenStore(Sequence[Tokens]):
         return values if self._order is None else values[self._order]
 
     def content_hash(self) -> str:
-        """sha256 over ids, masks and weights, in order; where the samples come from is no part of it."""
-        digests = {name: hashlib.sha256() for name in ("runs", "spans", "lengths", "weights", "ids")}
+        """sha256 over ids, masks, weights and scores, in order; where the samples come from is no part of it."""
+        digests = {name: hashlib.sha256() for name in ("runs", "spans", "lengths", "weights", "scores", "ids")}
         for block, samples in self.pieces():
             firsts, counts = block.sample_ends[samples], block.sample_ends[samples + 1] - block.sample_ends[samples]
             runs = _ranges(firsts, counts)
@@ -191,6 +199,7 @@ class TokenStore(Sequence[Tokens]):
             digests["spans"].update(span_counts.astype("<i8").data)
             digests["lengths"].update(lengths.astype("<i8").data)
             digests["weights"].update(np.ascontiguousarray(block.weights[spans]).data)
+            digests["scores"].update(np.ascontiguousarray(block.scores[runs]).data)
             digests["ids"].update(np.ascontiguousarray(block.ids[_ranges(block.span_ends[spans], lengths)]).data)
         return hashlib.sha256(b"".join(d.digest() for d in digests.values())).hexdigest()
 
@@ -249,6 +258,9 @@ class StoreBuilder:
         self._append_ends("span_ends", [len(span.ids) for span in spans])
         self._append("weights", [span.weight if span.trained else 0.0 for span in spans])
         self._append_ends("run_ends", [len(run) for run in runs])
+        unknown = math.nan
+        scores = ((unknown, *(s.scores or (unknown,) * len(s.branches))) for s in samples)
+        self._append("scores", list(itertools.chain.from_iterable(scores)))
         self._append_ends("sample_ends", [1 + len(sample.branches) for sample in samples])
         self._append("rows", [sample.row for sample in samples])
         self._append("names", [self._sources.setdefault(s.source, len(self._sources)) for s in samples])
