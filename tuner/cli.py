@@ -69,36 +69,67 @@ def _options(
     pass
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, tokenise and print the plan; train nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in train.output_dir.")]
+AllowDrift = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="With --resume: a key whose value may differ; repeatable.")
+]
+PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print the whole recipe and stop.")]
+
+
 @app.command()
 def sft(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, tokenise and print the plan; train nothing.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in train.output_dir.")] = False,
-    allow_drift: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY", help="With --resume: a key whose value may differ; repeatable."),
-    ] = None,
-    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the whole recipe and stop.")] = False,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_drift: AllowDrift = None,
+    print_recipe: PrintRecipe = False,
 ) -> None:
     """Fine-tune on the answers of chats, or on text."""
+    _train("sft", recipe, overrides, dry_run, resume, overwrite, allow_drift, print_recipe)
+
+
+@app.command()
+def dpo(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_drift: AllowDrift = None,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Train on pairs of a preferred and a rejected answer: DPO and its family."""
+    _train("dpo", recipe, overrides, dry_run, resume, overwrite, allow_drift, print_recipe)
+
+
+def _train(
+    stage: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    allow_drift: list[str] | None,
+    print_recipe: bool,
+) -> None:
+    """What all training stages do with their options."""
     from tuner import recipe as recipes
 
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; give one of them")
     if allow_drift and not resume:
         raise UserError("--allow-drift has no effect without --resume")
-    loaded = recipes.load(recipe, overrides or (), stage="sft")
+    loaded = recipes.load(recipe, overrides or (), stage=stage)
     if print_recipe:
         print(recipes.dump(loaded), end="")
         return
     _quiet_libraries()
-    from tuner.stages import sft as stage
-
-    stage.run(loaded, resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift or ()), dry_run=dry_run)
+    run = importlib.import_module(f"tuner.stages.{stage}").run
+    run(loaded, resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift or ()), dry_run=dry_run)
 
 
 @app.command()

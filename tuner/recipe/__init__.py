@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from tuner.errors import RecipeError
 from tuner.recipe import yaml12
 from tuner.recipe.paths import find_input, is_hub_id
-from tuner.recipe.rules import check_rules, find, first_error, idle_keys, show
+from tuner.recipe.rules import PREFERENCE, check_rules, find, first_error, idle_keys, show
 from tuner.recipe.schema import (
     DEFAULT_LOSSES,
     SECTIONS,
@@ -40,6 +40,7 @@ from tuner.recipe.yaml12 import Node
 from tuner.registry import did_you_mean
 
 __all__ = [
+    "PREFERENCE",
     "AdapterSection",
     "DataSection",
     "DataSource",

@@ -24,6 +24,7 @@ from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entr
 from tuner.data.check import check
 from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
+from tuner.data.formats import Kind
 from tuner.data.render import Renderer
 from tuner.data.report import place
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
@@ -56,7 +57,8 @@ from tuner.model.load import (
     set_token_ids,
 )
 from tuner.model.policy import Policy
-from tuner.recipe import Recipe
+from tuner.model.reference import disable_dropout
+from tuner.recipe import PREFERENCE, Recipe
 from tuner.train.metrics import tracker_classes
 from tuner.train.setup import (
     Devices,
@@ -200,17 +202,20 @@ def _hash_questions(questions: Sequence[Question]) -> str:
     return hashlib.sha256(repr(questions).encode()).hexdigest() if questions else "none"
 
 
-def data(recipe: Recipe, devices: Devices, console: Console) -> Data:
-    """Reads, renders and plans; prints what was found, and every row that was left out."""
+def data(recipe: Recipe, devices: Devices, console: Console, accepts: Sequence[Kind] = ("chat", "text")) -> Data:
+    """Reads, renders and plans; prints what was found, and every row that was left out.
+
+    `accepts` are the kinds of rows that the stage can use.
+    """
     section, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
     template = choose_template(section.train, section, tokenizer)
-    split = load_split(section.train, section, tokenizer, template, seed=train.seed)
+    split = load_split(section.train, section, tokenizer, template, seed=train.seed, accepts=accepts)
     held_out: Split | None = None
     if isinstance(section.eval, float):
         split, held_out = holdout(split, section.eval)
     elif section.eval:
-        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed)
+        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed, accepts=accepts)
     questions = read_questions(recipe.eval.questions) if recipe.eval.questions else ()
     assert isinstance(train.microbatch_tokens, int)
     plan = Plan(
@@ -382,6 +387,8 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     _check_context(base.config.max_position_embeddings, data)
     if recipe.train.activation_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.stage in PREFERENCE:
+        disable_dropout(lm)
     fused = fuse(lm)
     policy = Policy(
         lm,

@@ -105,7 +105,7 @@ class Metrics:
     def step(self, step: int, report: StepReport) -> None:
         """Notes a finished step; writes a line where one is due."""
         self._window.append(report)
-        loss = next(iter(report.losses.values()))
+        loss = sum(report.losses.values())
         speed = report.tokens / report.seconds
         self._bar.update(self._task, completed=step, loss=loss, speed=speed)
         if not self._console.is_terminal and (step % self._print_every == 0 or step == self._num_steps):
@@ -139,9 +139,11 @@ class Metrics:
             name: sum(r.losses[name] * r.trained_tokens for r in done) / trained if done else math.nan
             for name in window[0].losses
         }
+        names = done[0].metrics if done else {}
         values: dict[str, Any] = {
             "loss": sum(losses.values()),
             **({} if len(losses) == 1 else losses),
+            **{name: sum(r.metrics[name] * r.trained_tokens for r in done) / trained for name in names},
             "learning_rate": window[-1].learning_rate,
             "grad_norm": window[-1].grad_norm,
             "tokens": sum(r.tokens for r in window),

@@ -174,7 +174,8 @@ class Session:
             if losses is None:
                 self._stop_if_told()
                 return values
-            values["eval_loss"] = sum(losses.values())
+            values["eval_loss"] = sum(losses[term] for term in self.stage.terms)
+            values |= {f"eval_{name}": value for name, value in losses.items() if name not in self.stage.terms}
         if self.questions:
             report = self._ask()
             values |= {"exact_match": report.exact_match, "stopped": report.stopped / report.total}
@@ -183,6 +184,7 @@ class Session:
                 self.console.print(f"  asked {asked!r}\n  said  {answer.text!r}\n  right {answer.question.answer!r}")
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
+            parts += [f"accuracy {values['eval_accuracy']:.1%}"] if "eval_accuracy" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}")
             self.metrics.note(self.progress.step, values)
