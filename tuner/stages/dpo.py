@@ -28,9 +28,9 @@ CHOSEN, REJECTED = 0, 1  # branches of a pair
 class DPO:
     """A preference loss over the pairs of a batch; each prompt runs once, and both answers continue it.
 
-    Metrics, each a mean over pairs: `accuracy` (the reward of the chosen answer is higher; ties count half), `margin` (of
-    the rewards), and both rewards. The reward of an answer is its log-ratio to the reference, or for a loss without a
-    reference its mean log-prob of a token.
+    Metrics, each a mean over pairs: `accuracy` (the reward of the chosen answer is higher; ties count half), `margin`
+    (of the rewards), and both rewards. The reward of an answer is its log-ratio to the reference, or for a loss
+    without a reference its mean log-prob of a token.
     """
 
     loss: Bound
