@@ -8,6 +8,7 @@ accumulation nor the number of ranks moves the trajectory.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,7 @@ class Signals:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         self.received = signum
+        os.write(2, b"stopping after this step; a second signal ends at once\n")  # print may be in the middle of a line
 
 
 @dataclass(frozen=True)
