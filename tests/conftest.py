@@ -90,27 +90,33 @@ def tiny_config(vocab_size: int, **changes: object) -> LlamaConfig:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny models. A folder of tests may have another `tokenizer`; the models keep this one."""
     return build_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return tiny_tokenizer
+
+
 @pytest.fixture
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
+def make_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
     """`make_model(seed=0, **config)` -> a random tiny Llama in fp32."""
 
     def make(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         torch.manual_seed(seed)
-        return LlamaForCausalLM(tiny_config(len(tokenizer), **changes))
+        return LlamaForCausalLM(tiny_config(len(tiny_tokenizer), **changes))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def _tiny_model_source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def _tiny_model_source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     directory = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config(len(tokenizer))).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    LlamaForCausalLM(tiny_config(len(tiny_tokenizer))).save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
     return directory
 
 

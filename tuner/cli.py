@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from tuner import __version__
-from tuner.errors import TunerError, UserError
+from tuner.errors import TunerError, UserError, printable
 
 app = typer.Typer(
     name="tuner",
@@ -281,7 +281,7 @@ def data_show(
         terminal.write(look, sys.stdout, terminal.wants_color(sys.stdout) if color is None else color)
         return
     page.write(look, html)
-    print(f"wrote {html}")
+    print(f"wrote {printable(str(html))}")
 
 
 @data_app.command("check")
@@ -361,6 +361,7 @@ def _set_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -433,7 +434,7 @@ def main() -> NoReturn:
         if os.environ.get("TUNER_TRACEBACK"):
             traceback.print_exc()
         message, code = _sentence(error)
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     else:  # typer ends every command with SystemExit
         code = 0
     finally:

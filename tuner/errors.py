@@ -13,6 +13,10 @@ TunerError
 └── Interrupted          exit 128 + signal, after a checkpoint of the last finished step
 """
 
+from __future__ import annotations
+
+import unicodedata
+
 
 def first_line(error: BaseException) -> str:
     """What another library said, as part of a sentence: its first line, and the next if that ends in a colon."""
@@ -20,6 +24,20 @@ def first_line(error: BaseException) -> str:
         return f"{error} is unknown"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with the code of each character that is none for a terminal in its place, as `⟨U+001B⟩`.
+
+    Names of files and columns, and what a stranger's chat template says, may hold commands to a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c) in _COMMANDS else c for c in text)
+
+
+# control, format, half of a surrogate pair, line and paragraph separator
+_COMMANDS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class TunerError(Exception):

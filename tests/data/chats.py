@@ -9,6 +9,15 @@ from pathlib import Path
 from tuner.data.templates import BOS, EOS, as_openai
 from tuner.types import ANSWERS, Example, Message, ToolCall
 
+# What contents are made of to find where blanks, scripts or marks change ids: none of it spells a control token.
+# fmt: off
+ODD = [
+    "a", "the", "answer", " ", "  ", "\n", "\n\n", "\t", "\r\n", "12345", ".",
+    "?!", "<|", "|>", "'s", "ü", "e\u0301", "你好", "🦙", "👩‍👩‍👧", "\u200b", "\u00a0",
+    "\u2028", "٣", "_id", "end", "x = 1\n    y", "\x00", "\x85", "\ufeff", '"', "\\", "{",
+]
+# fmt: on
+
 
 def as_messages(rows):
     """OpenAI rows as a format parses them."""

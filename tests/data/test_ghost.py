@@ -112,3 +112,15 @@ def test_dialogues_of_one_turn_and_pairs_keep_their_answers(tokenizer):
     assert tokenizer.decode(sample.ids()).count(SAY) == 1 and not any(s.trained for s in sample.trunk)
     found = [tokenizer.decode(s.ids) for branch in sample.branches for s in branch if s.trained]
     assert found == ["a3<|eot_id|>", "b<|eot_id|>"]
+
+
+def test_dialogues_without_an_instruction_are_counted(tokenizer):
+    renderer = Renderer(tokenizer, TEMPLATES["llama3"], ghost_attention=True)
+    renderer.render_batch([example(DIALOGUE), replace(example(DIALOGUE[1:]), source="a.jsonl", row=6)])
+    assert renderer.report.counts["no_instruction"].places == ["a.jsonl line 7"]
+    assert "1 rows without a system instruction, which data.ghost_attention leaves as they are: a.jsonl line 7" in (
+        renderer.report.lines()
+    )
+    plain = Renderer(tokenizer, TEMPLATES["llama3"])
+    plain.render(example(DIALOGUE[1:]))
+    assert not plain.report.counts

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.data.chats import ODD
 from tuner.data import encode
 from tuner.data.encode import TextEncoder
 from tuner.data.formats import parser
@@ -55,46 +56,12 @@ def one(renderer, example):
 def random_chats(n, seed=0):
     """Harmless chats of odd contents: blanks, newlines, digits, marks, scripts, emoji, nothing at all."""
     rng = random.Random(seed)
-    words = [
-        "a",
-        "the",
-        "answer",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "12345",
-        ".",
-        "?!",
-        "<|",
-        "|>",
-        "'s",
-        "ü",
-        "e\u0301",
-    ]
-    words += [
-        "你好",
-        "🦙",
-        "👩‍👩‍👧",
-        "\u200b",
-        "\u00a0",
-        "\u2028",
-        "٣",
-        "_id",
-        "end",
-        "x = 1\n    y",
-        "\x00",
-        "\x85",
-        "\ufeff",
-    ]
     chats = []
     for row in range(n):
-        messages = [("system", "".join(rng.choices(words, k=3)))] if rng.random() < 0.3 else []
+        messages = [("system", "".join(rng.choices(ODD, k=3)))] if rng.random() < 0.3 else []
         for _ in range(rng.randint(1, 3)):
-            messages.append(("user", "".join(rng.choices(words, k=rng.randint(0, 8)))))
-            messages.append(("assistant", "".join(rng.choices(words, k=rng.randint(0, 8)))))
+            messages.append(("user", "".join(rng.choices(ODD, k=rng.randint(0, 8)))))
+            messages.append(("assistant", "".join(rng.choices(ODD, k=rng.randint(0, 8)))))
         chats.append(chat(*messages, row=row))
     return chats
 
@@ -326,6 +293,15 @@ def test_control_tokens_spelled_in_text_are_counted(tokenizer):
         [chat(("user", "q"), ("assistant", "a")), chat(("user", "<|eot_id|>"), ("assistant", "a"), row=6)]
     )
     assert renderer.report.counts["control_text"].places == ["chats.jsonl line 7"]
+
+
+def test_control_tokens_of_the_template_need_not_be_special_to_be_counted(fresh_tokenizer):
+    fresh_tokenizer.add_tokens([AddedToken("<tool_call>", special=False)])
+    row = chat(("user", "what is <tool_call>?"), ("assistant", "one [note]"))
+    for template, count in ((CHATML, 1), (LLAMA3, 0)):  # [note] is an added word, and no control token
+        renderer = Renderer(fresh_tokenizer, template)
+        renderer.render(row)
+        assert renderer.report.number("control_text") == count
 
 
 def test_control_tokens_in_the_models_own_vocabulary_are_kept_out():

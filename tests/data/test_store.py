@@ -159,3 +159,13 @@ def test_scores_of_branches_come_back_and_are_part_of_the_hash(on_disk, tmp_path
     store = TokenStore([builder.finish()])
     assert [sample.scores for sample in store] == [(2.5, 0.0), (), (1.0,), ()]
     assert store.content_hash() != TokenStore.of([replace(s, scores=()) for s in samples]).content_hash()
+
+
+def test_which_ids_occur_and_which_are_trained(tmp_path: Path) -> None:
+    samples = [Tokens((span([1, 2], False), span([3], True))), Tokens((span([4], False),), ((span([5, 3], True),),))]
+    with StoreBuilder(tmp_path) as builder:
+        builder.add(samples)
+        block = builder.finish()
+    assert block.present([0, 2, 3, 5, 9]) == {2, 3, 5}
+    assert block.present([]) == block.present([7]) == set()
+    assert [block.trains_any([i]) for i in (1, 2, 3, 4, 5, 9)] == [False, False, True, False, True, False]

@@ -256,6 +256,17 @@ def test_choose_template(tokenizer, fresh_tokenizer, write):
     assert len(load_split(data.train, data, tokenizer, None).tokens) == 1
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"date_string": "1 Jan 2025"}, {"template_options": {"a": 1}}, {"control_tokens": {"<|eot_id|>": "<|x|>"}}],
+)
+def test_settings_of_a_template_without_one_are_refused(setting, fresh_tokenizer, write):
+    fresh_tokenizer.chat_template = TEMPLATES["llama3.1"].jinja
+    data = DataSection(train=write([{"text": "a"}]), train_on="all", **setting)
+    with pytest.raises(RecipeError, match=f"data.{next(iter(setting))} has no effect: all of data.train is raw text"):
+        choose_template(data.train, data, fresh_tokenizer)
+
+
 # -- invariant 10: nothing is dropped or cut without a count -----------------------------------------------------------
 
 MIXED = [

@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from tests.data.chats import OFFICIAL, as_example, by_jinja, has_place, template_for, text_of, trained_runs
+from tests.data.chats import ODD, OFFICIAL, as_example, by_jinja, has_place, template_for, text_of, trained_runs
 from tuner.data.encode import TextEncoder
 from tuner.data.render import Renderer
 from tuner.data.resolve import resolve_template
@@ -29,43 +29,6 @@ sys.path.insert(0, str(GOLDEN))
 golden = importlib.import_module("regenerate")
 
 LONG = 100_000  # tokens, more than any chat here has
-WORDS = [
-    "a",
-    "the",
-    "answer",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "\r\n",
-    "12345",
-    ".",
-    "?!",
-    "<|",
-    "|>",
-    "'s",
-    "ü",
-    "e\u0301",
-]
-WORDS += [
-    "你好",
-    "🦙",
-    "👩‍👩‍👧",
-    "\u200b",
-    "\u00a0",
-    "\u2028",
-    "٣",
-    "_id",
-    "end",
-    "x = 1\n    y",
-    "\x00",
-    "\x85",
-    "\ufeff",
-    '"',
-    "\\",
-    "{",
-]
 
 
 # -- goldens -----------------------------------------------------------------------------------------------------------
@@ -107,7 +70,7 @@ def test_golden_files_are_what_the_references_say():
 
 
 def text(rng, longest=8):
-    return "".join(rng.choices(WORDS, k=rng.randint(0, longest)))
+    return "".join(rng.choices(ODD, k=rng.randint(0, longest)))
 
 
 def random_call(rng):
@@ -410,3 +373,38 @@ def test_fingerprint_keeps_what_decides_the_output():
         "{{ 'a\\n' }}",
     ]
     assert len({fingerprint(t) for t in different}) == len(different)
+
+
+def test_control_tokens_may_change_places_in_the_saved_text_too(tokenizer_of):
+    template = TEMPLATES["llama3"]
+    a, b = "<|start_header_id|>", "<|end_header_id|>"
+    swapped = template.with_control_tokens({a: b, b: a})
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    tokenizer = tokenizer_of(template)
+    assert by_jinja(tokenizer, swapped.saved(), row, tokenize=False) == text_of(swapped, tokenizer, row)
+    assert f"{b}user{a}" in text_of(swapped, tokenizer, row)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_bos_and_eos_are_the_tokenizers_to_name(name):
+    with pytest.raises(RecipeError, match=f"chat_template 'llama2' has no control token '{name}'; it has: none"):
+        TEMPLATES["llama2"].with_control_tokens({name: "<|reserved_special_token_0|>"})
+
+
+def test_options_that_are_set_one_after_the_other_are_all_written():
+    template = TEMPLATES["llama3.1"].with_options({"date_string": "1 Jan 2025"})
+    template = template.with_options({"tools_in_user_message": False})
+    options = {"date_string": "1 Jan 2025", "tools_in_user_message": False}
+    assert template.options == options
+    assert template.jinja == TEMPLATES["llama3.1"].with_options(options).jinja
+
+
+def test_settings_name_every_option_with_its_value():
+    for name in ("llama3.1", "llama3.3"):
+        given = TEMPLATES[name].with_options({"builtin_tools": ["search"]})
+        assert given.settings() == {
+            "date_string": "26 Jul 2024",
+            "tools_in_user_message": True,
+            "builtin_tools": ["search"],
+        }
+    assert TEMPLATES["llama3"].settings() == {}

@@ -423,3 +423,10 @@ def test_a_base_that_has_moved_is_asked_for(tiny_model_dir: Path, tmp_path: Path
     tiny_model_dir.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match="cannot be used .*; say where it is with --base"):
         merge(adapter, tmp_path / "out")
+
+
+def test_a_template_whose_answers_are_of_another_kind_is_no_obstacle(tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapter = save(trained(tiny_model_dir), tiny_model_dir, tmp_path / "adapter", chat_template="llama_guard")
+    report = merge(adapter, tmp_path / "out")
+    assert report.prompts == "built in" and report.tokens == len(module._BUILT_IN) * module.MAX_TOKENS
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATES["llama_guard"].saved()

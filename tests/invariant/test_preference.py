@@ -226,7 +226,15 @@ def test_microbatches_do_not_matter(kind: str, pref: Path, tmp_path: Path) -> No
 def test_mutant_aot_sorted_within_microbatches(pref: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpo, "WholeStepDPO", DPO)
     for name, split in (("one", "train.microbatch_tokens=100000"), ("alone", "data.packing=false")):
-        run(pref, tmp_path / name, "loss.type=aot", split, "train.learning_rate=2e-2", "loss.beta=1.0", "train.max_steps=12")
+        run(
+            pref,
+            tmp_path / name,
+            "loss.type=aot",
+            split,
+            "train.learning_rate=2e-2",
+            "loss.beta=1.0",
+            "train.max_steps=12",
+        )
     with pytest.raises(AssertionError):
         assert_same(adapter(tmp_path / "one"), adapter(tmp_path / "alone"), 1e-3)
 

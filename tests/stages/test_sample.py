@@ -146,6 +146,13 @@ def test_a_run_brings_its_own_settings(run_dir: Path) -> None:
     assert (subject.chat_template, subject.adapter) == ("llama3", run_dir / "adapter")
 
 
+@pytest.mark.parametrize("name", ["own", "none"])
+def test_a_template_that_is_none_of_ours_is_the_base_tokenizers(run_dir: Path, name: str) -> None:
+    file = run_dir / "adapter" / "tuner.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": name}))
+    assert sample.find_subject(None, run_dir).chat_template == "auto"
+
+
 def test_a_quantised_base_is_loaded_as_it_was_trained_on(run_dir: Path) -> None:
     file = run_dir / "adapter" / "tuner.json"
     meta = json.loads(file.read_text())

@@ -19,7 +19,7 @@ from tuner.checkpoint.files import MANIFEST
 RUN_FORMAT = 1
 
 # What may differ on resume without being asked: it cannot change the trajectory. (`train.max_steps` may also grow.)
-FREE_KEYS = frozenset({"train.microbatch_tokens", "train.output_dir", "eval.samples"})
+FREE_KEYS = frozenset({"train.microbatch_tokens", "train.output_dir", "eval.samples", "data.cache"})
 FREE_SECTIONS = ("log.",)
 _SECRETS = re.compile(r"""(?<=://)[^/\s:@"']+:[^/\s@"']+(?=@)|\bhf_[A-Za-z0-9]{8,}""")
 

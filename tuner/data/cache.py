@@ -75,8 +75,8 @@ class Part:
 
 def directory() -> Path:
     """Where entries lie: the folder that TUNER_CACHE names, or ~/.cache/tuner; in it, `tokens`."""
-    root = os.environ.get("TUNER_CACHE")
-    return (Path(root).expanduser() if root else Path("~/.cache/tuner").expanduser()) / "tokens"
+    # unlike Path.expanduser, this leaves a home that there is not as it is
+    return Path(os.path.expanduser(os.environ.get("TUNER_CACHE") or "~/.cache/tuner")) / "tokens"
 
 
 def identity(data: DataSection, tokenizer: PreTrainedTokenizerFast, template: Template | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Example -> Tokens: a template's pieces become ids, and each id is trained or not."""
+"""Example -> Tokens: the pieces of its chat become ids, of which each is trained or not."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tuner.data import ghost
 from tuner.data.bound import longest_token
 from tuner.data.encode import Lead, TextEncoder
+from tuner.data.mask import Mask, Masked, Target, TrainOn, is_text
 from tuner.data.report import DataReport, place
-from tuner.data.templates import BOS, EOS, TEMPLATES, Piece, Template, control_ids, lacking, tojson
+from tuner.data.templates import BOS, EOS, TEMPLATES, Template, control_ids, tojson
 from tuner.errors import DataError, ModelError, RecipeError
 from tuner.types import ANSWERS, Example, Message, Span, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TrainOn = Literal["assistant", "last", "all"]
 Overlong = Literal["error", "drop", "truncate", "split"]
 OnBad = Callable[[Example, DataError], None]
-Target = tuple[Piece, float]  # a piece, and its weight as a target (0: not trained)
-Weighted = tuple[list[int], float]  # the same as ids
+Weighted = tuple[list[int], float]  # ids, and their weight as targets
 
 
 class Renderer:
@@ -57,7 +54,6 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.max_length, self.overlong, self.parse_control_tokens = max_length, overlong, parse_control_tokens
-        self.ghost_attention = ghost_attention
         self.report = DataReport()
         self.num_chats = 0
         self._encoder = TextEncoder(tokenizer)
@@ -66,15 +62,16 @@ class Renderer:
         terminators = template.terminators if template else ()
         for name in template.control if template else (BOS, EOS):
             self._id(name)
-        # an optional one that the tokenizer lacks is refused when a conversation needs it; a tag is then plain text
-        self._lacks = tuple(n for n in (template.optional if template else ()) if n not in self._control)
-        self._as_text = frozenset(template.tags if template else ()) - self._control.keys()
+        self._mask = Mask(tokenizer, template, train_on, ghost_attention)
         self.terminator_ids = tuple(dict.fromkeys(self._control[n] for n in terminators if n in self._control))
         ends = [*self.terminator_ids, *([self._control[EOS]] if EOS in self._control else [])]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
-        spelled = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        # special tokens, and those of the template, which need not be special
+        own = {*template.control, *template.optional, *template.tags} if template else set()
+        added = tokenizer.added_tokens_decoder.values()
+        spelled = sorted((t.content for t in added if t.special or t.content in own), key=len, reverse=True)
         self._begins = os.path.commonprefix(spelled)  # a quick look for this spares most texts the search
-        self._spelled = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))) or r"(?!)")
+        self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
     def render(self, example: Example) -> list[Tokens]:
         """The samples of one example: none if it was dropped (and counted), several if raw text was split.
@@ -91,17 +88,18 @@ class Renderer:
         `on_bad` is told of an example that cannot be used, which then has no samples; without it that is an error. A
         document that is too long is no such example: `overlong` decides about it.
         """
-        plans: list[_Plan | None] = []
+        plans: list[Masked | None] = []
         for example in examples:
             try:
-                found = self._plan(example)
+                masked = self._masked(example)
             except DataError as error:
                 if on_bad is None:
                     raise
                 on_bad(example, error)
                 plans.append(None)
                 continue
-            plans.append(None if self._hopeless(found) else found)
+            self._count(masked)
+            plans.append(None if self._hopeless(masked) else masked)
         texts = [p.example.completions[0][0].content for p in plans if p and p.is_text]
         documents = iter(self._encoder.parsed(texts) if self.parse_control_tokens else self._encoder.document(texts))
         ids = self._encoder.texts(
@@ -129,17 +127,14 @@ class Renderer:
 
     def check(self, example: Example) -> None:
         """Raises the DataError of an example that cannot be rendered, as far as that shows without tokenising it."""
-        self._plan(example)
+        self._masked(example)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids to generate an answer from: BOS, the messages, the header of an answer. For a `text` message: BOS and
         the text."""
         if len(messages) == 1 and messages[0].role == "text":
             return [self._id(BOS), *self._encoder.document([messages[0].content])[0]]
-        messages = self._adapted(messages)
-        self._check_roles(messages, "the prompt", tools)
-        pieces = self._pieces(messages, "the prompt", tools, add_generation_prompt=True)
-        plan = self._joined((piece, 0.0) for piece in pieces)
+        plan = self._mask.prompt(messages, tools)
         return [i for ids, _ in self._chat_parts(plan, self._encoder.texts(_texts(plan))) for i in ids]
 
     def spells_control(self, example: Example) -> bool:
@@ -149,113 +144,27 @@ class Renderer:
             self._begins in text and self._spelled.search(text) for text in _strings(everything, example.tools)
         )
 
-    # -- masking ------------------------------------------------------------------------------------------------------
+    # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _plan(self, example: Example) -> _Plan:
-        """The pieces of an example with the weight of each as a target. Counts what is odd about it."""
+    def _masked(self, example: Example) -> Masked:
         where = place(example.source, example.row)
         self._check_recipe(example, where)
-        if not _is_text(example):
-            if self.ghost_attention:
-                example = ghost.trained(example)
-            prompt, completions = self._adapted(example.prompt), tuple(map(self._adapted, example.completions))
-            if prompt is not example.prompt or completions != example.completions:
-                example = replace(example, prompt=prompt, completions=completions)
-        if self.spells_control(example):
+        return self._mask.of(example, where)
+
+    def _count(self, masked: Masked) -> None:
+        """Counts what is odd about an example that can be used."""
+        where = place(masked.example.source, masked.example.row)
+        self.num_chats += not masked.is_text
+        if self.spells_control(masked.example):
             self.report.count("control_text", where)
-        everything = (*example.prompt, *itertools.chain.from_iterable(example.completions))
-        if _is_text(example):
-            (weight,) = self._message_weights(everything, 0, where)
-            return _Plan(example, ((((Piece(everything[0].content, owner=0, message=0)), weight),),), is_text=True)
-        self.num_chats += 1
-        empty, branches = False, []
-        for completion in example.completions:
-            messages = (*example.prompt, *completion)
-            self._check_roles(messages, where, example.tools)
-            weights = self._message_weights(messages, len(example.prompt), where)
-            answers = (m for m, weight in zip(messages, weights, strict=True) if m.role in ANSWERS and weight)
-            empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
-            targets = self._targets(self._pieces(messages, where, example.tools), weights)
-            branches.append(tuple(self._joined(targets, len(example.prompt) if example.is_preference else None)))
-        if empty:
+        if masked.empty_answer:
             self.report.count("empty_answers", where)
-        return _Plan(example, tuple(branches))
-
-    def _targets(self, pieces: Iterable[Piece], weights: Sequence[float]) -> Iterator[Target]:
-        for piece in pieces:
-            owner = piece.message if self.train_on == "all" else piece.owner
-            yield piece, 0.0 if owner is None else weights[owner]
-
-    def _joined(self, targets: Iterable[Target], completion: int | None = None) -> list[Target]:
-        """Neighbouring texts of one owner and weight as one, which is tokenised whole.
-
-        A text of message `completion` or later is not joined to one before it, so that it can begin a branch.
-        """
-        out: list[Target] = []
-        for piece, weight in targets:
-            if piece.text in self._as_text and piece.control:
-                piece = piece._replace(control=False)
-            if out and not piece.control and piece.lead is None:
-                last, other = out[-1]
-                begins = completion is not None and _before(last, completion) and not _before(piece, completion)
-                if not last.control and last.owner == piece.owner and other == weight and not begins:
-                    out[-1] = last._replace(text=last.text + piece.text), weight
-                    continue
-            out.append((piece, weight))
-        return out
-
-    def _pieces(
-        self,
-        messages: Sequence[Message],
-        where: str,
-        tools: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = False,
-    ) -> list[Piece]:
-        template = self._chat_template()
-        try:
-            pieces = template.pieces(messages, add_generation_prompt, tools=tools)
-        except DataError as error:
-            raise DataError(f"{where}: {error}", error.kind) from None
-        if self._lacks and (needed := [p.text for p in pieces if p.control and p.text in self._lacks]):
-            raise lacking(template, needed, self.tokenizer)
-        return pieces
-
-    def _adapted(self, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """The messages with roles that this template has: an `input` goes into the turn before it."""
-        if all(message.role != "input" for message in messages):
-            return tuple(messages)  # of a tuple, itself
-        out: list[Message] = []
-        for message in messages:
-            if message.role == "input" and "input" not in self._chat_template().roles and out:
-                out[-1] = replace(out[-1], content=f"{out[-1].content}\n\n{message.content}")
-            else:
-                out.append(message)
-        return tuple(out)
-
-    def _message_weights(self, messages: Sequence[Message], prompt: int, where: str) -> list[float]:
-        """The weight of each message as a target: 0 where it is not trained."""
-        turns = [i for i, m in enumerate(messages) if m.role in ANSWERS and i >= prompt]
-        policy = {"all": range(len(messages)), "assistant": turns, "last": turns[-1:]}[self.train_on]
-        weights = []
-        for i, message in enumerate(messages):
-            if message.train and message.role not in ANSWERS and self.train_on != "all":
-                raise DataError(
-                    f"{where}: message {i} asks for train: true, but only assistant turns are trained under "
-                    f"data.train_on: {self.train_on}; remove it, or set data.train_on: all"
-                )
-            trained = message.train if message.train is not None else i in policy
-            weights.append(message.weight if trained else 0.0)
-        if not any(weights):
-            raise DataError(
-                f"{where}: nothing to train on: every turn that data.train_on: {self.train_on} would train has "
-                "train: false or weight: 0, or there is none; remove the row, or change data.train_on",
-                kind="nothing_to_train",
-            )
-        return weights
+        if masked.no_instruction:
+            self.report.count("no_instruction", where)
 
     def _check_recipe(self, example: Example, where: str) -> None:
         """Refuses what no row of this kind could satisfy, so that skipping rows does not hide it."""
-        if _is_text(example):
+        if is_text(example):
             if self.train_on != "all":
                 raise RecipeError(
                     f"{where}: raw text has no answers, so data.train_on: {self.train_on} leaves nothing to train on; "
@@ -270,28 +179,6 @@ class Renderer:
                 f"{where} is a chat, and data.parse_control_tokens is for data.format: text only; remove it, or give "
                 "the file as text"
             )
-
-    def _check_roles(self, messages: Sequence[Message], where: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
-        template = self._chat_template()
-        if not template.tools and (tools or any(m.tool_calls for m in messages)):
-            able = ", ".join(t.name for t in TEMPLATES.values() if t.tools)
-            raise DataError(
-                f"{where}: there are tools or tool calls, which chat_template '{template.name}' has no place for; "
-                f"templates that have: {able}"
-            )
-        for i, message in enumerate(messages):
-            if message.role not in template.roles:
-                allowed = ", ".join(template.roles)
-                raise DataError(
-                    f"{where}: message {i} has the role {message.role!r}, which chat_template '{template.name}' does "
-                    f"not know; allowed: {allowed}",
-                    kind="unknown_role",
-                )
-
-    def _chat_template(self) -> Template:
-        if self.template is None:
-            raise ModelError(f"a chat needs a chat template; set data.chat_template to one of {', '.join(TEMPLATES)}")
-        return self.template
 
     # -- ids ----------------------------------------------------------------------------------------------------------
 
@@ -354,18 +241,19 @@ class Renderer:
             return [_tokens(example, piece) for piece in _split(parts, self.max_length)]
         return self._overlong(length, example, lambda: _tokens(example, _cut(parts, self.max_length)))
 
-    def _fit_branches(self, plan: _Plan, ids: Callable[[str, Lead], list[int]]) -> list[Tokens]:
+    def _fit_branches(self, plan: Masked, ids: Callable[[str, Lead], list[int]]) -> list[Tokens]:
         """The prompt once, as an untrained trunk, and each completion as a branch that continues it.
 
         Each branch together with the trunk has at most `max_length` tokens.
         """
+        assert self.template is not None, "a mask of a chat has needed it"
         example, where = plan.example, place(plan.example.source, plan.example.row)
         starts = [_completion_start(branch, example) for branch in plan.branches]
         trunk_pieces = [piece for piece, _ in plan.branches[0][: starts[0]]]
         for branch, start in zip(plan.branches, starts, strict=True):
             if [piece for piece, _ in branch[:start]] != trunk_pieces:
                 raise _Unusable(
-                    f"{where}: chat_template '{self._chat_template().name}' renders the prompt differently before each "
+                    f"{where}: chat_template '{self.template.name}' renders the prompt differently before each "
                     "completion, so that they cannot be compared; choose another data.chat_template"
                 )
         parts = [self._chat_parts(branch, ids) for branch in plan.branches]
@@ -382,7 +270,7 @@ class Renderer:
 
         return self._overlong(_length(trunk) + longest, example, cut)
 
-    def _hopeless(self, plan: _Plan) -> bool:
+    def _hopeless(self, plan: Masked) -> bool:
         """Whether a row has so much text that it need not be tokenised to be refused, or dropped and counted."""
         if self._longest is None or self.parse_control_tokens or self.overlong not in ("error", "drop"):
             return False
@@ -398,7 +286,7 @@ class Renderer:
     ) -> list[Tokens]:
         where = place(example.source, example.row)
         if self.overlong == "error":
-            choices = "drop, truncate or split" if _is_text(example) else "drop or truncate"
+            choices = "drop, truncate or split" if is_text(example) else "drop or truncate"
             raise DataError(
                 f"{where}: {'at least ' if at_least else ''}{length:,} tokens, more than data.max_length: "
                 f"{self.max_length}; raise it, or set "
@@ -419,25 +307,12 @@ class Renderer:
         return [sample]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """An example as its template sees it; of a preference, prompt and completion anew for each completion."""
-
-    example: Example
-    branches: tuple[tuple[Target, ...], ...]
-    is_text: bool = False
-
-
 class _Unusable(DataError):
     """A row that only its ids show to be unusable."""
 
 
 def _never() -> Tokens:
     raise AssertionError("a row that is refused or dropped is not cut")
-
-
-def _is_text(example: Example) -> bool:
-    return not example.prompt and len(example.completions[0]) == 1 and example.completions[0][0].role == "text"
 
 
 def _lead(plan: Sequence[Target], n: int) -> Lead:
@@ -448,10 +323,6 @@ def _lead(plan: Sequence[Target], n: int) -> Lead:
     if not n:
         return "begin"
     return "inner" if plan[n - 1][0].control else "never"
-
-
-def _before(piece: Piece, message: int) -> bool:
-    return piece.message is None or piece.message < message
 
 
 def _texts(plan: Sequence[Target]) -> Iterator[tuple[str, Lead]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ KINDS = {
     "repeated": "rows repeated by the weight of their source",
     "held_out": "rows held out for evaluation",
     "empty_answers": "rows with an empty trained answer",
+    "no_instruction": "rows without a system instruction, which data.ghost_attention leaves as they are",
     "control_text": "rows that spell out control tokens in their text (kept as plain text)",
 }
 
@@ -33,6 +35,12 @@ def place(source: str, row: int) -> str:
     name = source.lower()
     name = next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)
     return f"{source} {'line' if name.endswith(('.jsonl', '.ndjson')) else 'row'} {row + 1}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b, ...`: at most ten names, each of at most 60 characters."""
+    shown = [name if len(name) <= 60 else f"{name[:57]}..." for name in itertools.islice(names, 11)]
+    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")
 
 
 @dataclass
@@ -119,10 +127,8 @@ class DataReport:
         if self.lost_tokens:
             out.append(f"{self.lost_tokens:,} tokens lost to data.max_length")
         if self.unread_columns:
-            shown = ", ".join(f"{name} ({n:,})" for name, n in self.unread_columns.most_common(10))
-            out.append(
-                f"columns that are not read (rows): {shown}" + (", ..." if len(self.unread_columns) > 10 else "")
-            )
+            found = (f"{listed([name])} ({n:,})" for name, n in self.unread_columns.most_common(11))
+            out.append(f"columns that are not read (rows): {listed(found)}")
         for kind, text in KINDS.items():
             if entry := self.counts.get(kind):
                 shown = ", ".join(entry.places[:5]) + (", ..." if entry.count > min(len(entry.places), 5) else "")

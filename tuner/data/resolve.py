@@ -52,6 +52,11 @@ def _own_template(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; set data.chat_template to one it has the "
             f"control tokens for: {', '.join(fits)}"
         )
+    if not isinstance(own, str):
+        raise ModelError(
+            f"the chat template of {tokenizer.name_or_path} is a {type(own).__name__}, not a text; mend its "
+            "tokenizer_config.json, or set data.chat_template to a template of tuner"
+        )
     found = recognise(own)
     if found is not None:
         settings = {**found.options, **options}

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -23,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tuner.data.formats import ArrowRow
+from tuner.data.formats import ArrowRow, shorten
 from tuner.data.report import COMPRESSED, place
 from tuner.errors import DataError, first_line
 from tuner.registry import did_you_mean
@@ -44,10 +45,15 @@ def rows(source: DataSource, on_bad: OnBad | None = None) -> Iterator[tuple[int,
         DataError: the source is missing, unreadable or empty; names the file, the line and the remedy.
     """
 
+    first: DataError | None = None
+    unreadable = 0
+
     def bad(index: int, reason: str) -> None:
+        nonlocal first, unreadable
         error = DataError(f"{place(source.path, index)}: {reason}", kind="unreadable")
         if on_bad is None:
             raise error
+        first, unreadable = first or error, unreadable + 1
         on_bad(index, error)
 
     path = local_path(source)
@@ -57,9 +63,11 @@ def rows(source: DataSource, on_bad: OnBad | None = None) -> Iterator[tuple[int,
         if isinstance(value, dict):
             yield index, value
         else:
-            bad(index, f"a row must be a JSON object with named columns, this is a {type(value).__name__}")
-    if not found:
+            bad(index, _no_object(value, alone=index == 0 and path is not None and ".jsonl" in _suffix(path)))
+    if not found and first is None:
         raise DataError(f"{source.path} holds no rows; give a file with data")
+    if not found:
+        raise DataError(f"none of the {unreadable:,} rows of {source.path} can be read; the first: {first}")
 
 
 def content_hash(source: DataSource) -> str:
@@ -90,9 +98,10 @@ def local_path(source: DataSource) -> Path | None:
     """The file that a source names, or None for a Hub id.
 
     Raises:
-        DataError: there is no such file, it is a directory or of an unknown kind, or a file is given a split.
+        DataError: there is no such file, it is a directory, a pipe, a device or of an unknown kind, or a file is given
+            a split.
     """
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if _suffix(p) in _READERS)[:5]
         raise DataError(
@@ -112,6 +121,8 @@ def local_path(source: DataSource) -> Path | None:
             f"{source.path}: files of this kind cannot be read; known: {', '.join(_TEXT)}, each also compressed "
             f"({', '.join(COMPRESSED)}), and .parquet"
         )
+    if not path.is_file():  # whoever opens a pipe may wait for ever, and rows are read more than once
+        raise DataError(f"{source.path} is a pipe or a device, and rows are read more than once; write them to a file")
     for key, value, default in (("split", source.split, "train"), ("revision", source.revision, None)):
         if value != default:
             raise DataError(
@@ -165,7 +176,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 def _broken(path: Path, index: int, error: BaseException, read: int) -> DataError:
     """The error for a file that cannot be read to its end, after `read` rows."""
-    remedy = f"restore the file, or read the {read:,} rows before (limit: {read})" if read else "restore the file"
+    remedy = f"restore the file, or read the {read:,} rows before (limit: {read})"
+    remedy = remedy if read else "restore the file, or give it the ending of what it is"
     return DataError(f"{place(str(path), index)}: the file cannot be read further: {error}; {remedy}")
 
 
@@ -174,11 +186,13 @@ def _jsonl_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
     try:
         with _opened(path) as lines:
             for index, line in enumerate(lines):
+                if index == 0:
+                    _check_kind(path, line)
                 line = (line.removeprefix(b"\xef\xbb\xbf") if index == 0 else line).strip()
                 if not line:
                     continue
                 try:
-                    value = json.loads(line.decode())
+                    value = _JSON.decode(line.decode())
                 except (ValueError, RecursionError) as error:
                     bad(index, _json_reason(error))
                     continue
@@ -195,6 +209,8 @@ def _csv_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
 
     def decoded(lines: IO[bytes]) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                _check_kind(path, line)
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             try:
                 yield line.decode()
@@ -257,8 +273,10 @@ def _count(number: int, noun: str) -> str:
 def _json_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
     try:
         with _opened(path) as file:
-            text = file.read().decode("utf-8-sig")
-        value = json.loads(text) if text.strip() else []
+            raw = file.read()
+        _check_kind(path, raw)
+        text = raw.decode("utf-8-sig").strip()
+        value = _JSON.decode(text) if text else []
     except _BROKEN as error:
         raise DataError(f"{path} cannot be read: {error}; none of its rows can be used, so restore the file") from None
     except (ValueError, RecursionError) as error:
@@ -272,13 +290,61 @@ def _json_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
     yield from enumerate(value)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a ValueError for a key that it has twice, of which Python would keep the last value alone."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return out
+
+
+class _Twice(ValueError):
+    """A key that one object has twice."""
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+# How files begin that are no text in UTF-8, though their name may say so.
+_MAGIC = {
+    b"\x1f\x8b": "a gzip file; add .gz to its name",
+    b"BZh91AY&SY": "a bzip2 file; add .bz2 to its name",
+    b"\xfd7zXZ\x00": "an xz file; add .xz to its name",
+    b"\x28\xb5\x2f\xfd": "a zstd file; add .zst to its name",
+    b"PAR1\x15": "a parquet file; name it .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "text in UTF-16 or UTF-32; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+    b"\x00\x00\xfe\xff": "text in UTF-32; save it as UTF-8",
+}
+
+
+def _check_kind(path: Path, start: bytes) -> None:
+    """Refuses a file of another kind than its name says, by its first bytes."""
+    if kind := next((what for magic, what in _MAGIC.items() if start.startswith(magic)), ""):
+        inside = " inside its compression" if _suffix(path).endswith(COMPRESSED) else ""
+        raise DataError(f"{path} is by its first bytes{inside} {kind}")
+
+
+def _no_object(value: Any, alone: bool) -> str:
+    """What to say of a row that is no object; `alone` says that it is the first of a JSON Lines file."""
+    names = {list: "list", str: "string", bool: "boolean", type(None): "null"}
+    remedy = "; for one list of all rows name the file .json" if alone and isinstance(value, list) else ""
+    return f"a row must be a JSON object with named columns, this is a {names.get(type(value), 'number')}{remedy}"
+
+
 def _json_reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} of it is not UTF-8 ({error.object[error.start]:#04x}); save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        return f"invalid JSON at {where}: {error.msg}"
-    return f"invalid JSON: {error}"
+        listed = "; for one list of all rows name the file .json" if error.doc.strip() == "[" else ""
+        return f"invalid JSON at {where}: {error.msg}{listed}"
+    if isinstance(error, _Twice):
+        return f"the key {shorten(str(error))} is twice in one object, and only one of them could be read; remove one"
+    if isinstance(error, RecursionError):
+        return "invalid JSON: lists or objects in each other, too deep to be read; flatten them"
+    return "invalid JSON: a whole number of more digits than can be read; write it as a string"  # int() raises nothing else
 
 
 def _parquet_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
@@ -288,13 +354,19 @@ def _parquet_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path} has the column '{twice}' twice; give each column a name of its own")
             for batch in file.iter_batches(1024):
                 for value in batch.to_pylist():
                     yield index, ArrowRow(value)
                     index += 1
-    except (arrow_error, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} cannot be read as parquet after row {index}: {reason}") from None
+    except (arrow_error, OSError, ValueError, OverflowError) as error:  # the last two: a value Python has no place for
+        reason = first_line(error).rstrip(".")
+        raise DataError(
+            f"{path} cannot be read as parquet after row {index}: {reason}; restore the file, or write it anew from "
+            "its source"
+        ) from None
 
 
 _TEXT = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}

@@ -95,12 +95,21 @@ class Block:
 
     def trains_any(self, wanted: Sequence[int]) -> bool:
         """Whether any of the ids `wanted` is a prediction target somewhere."""
-        for start in range(0, len(self.ids), 1 << 22):
-            found = start + np.flatnonzero(np.isin(self.ids[start : start + (1 << 22)], wanted))
+        for found in self._find(wanted):
             spans = np.searchsorted(self.span_ends, found, side="right") - 1
             if (self.weights[spans] != 0).any():
                 return True
         return False
+
+    def present(self, wanted: Sequence[int]) -> set[int]:
+        """Those of the ids `wanted` that occur somewhere."""
+        return {int(i) for found in self._find(wanted) for i in np.unique(self.ids[found])}
+
+    def _find(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+        """Where in `ids` the ids `wanted` are, a stretch at a time."""
+        step = 1 << 22
+        for start in range(0, len(self.ids), step):
+            yield start + np.flatnonzero(np.isin(self.ids[start : start + step], wanted))
 
 
 class TokenStore(Sequence[Tokens]):

@@ -24,7 +24,7 @@ from tuner.data.source import content_hash as content_hash_of_source
 from tuner.data.source import kind_of_file, local_path, rows, stamp
 from tuner.data.store import StoreBuilder, TokenStore
 from tuner.data.templates import Template
-from tuner.errors import DataError
+from tuner.errors import DataError, RecipeError
 from tuner.types import Example, Tokens
 
 if TYPE_CHECKING:
@@ -47,8 +47,22 @@ class Split:
 def choose_template(
     sources: Sequence[DataSource], data: DataSection, tokenizer: PreTrainedTokenizerFast
 ) -> Template | None:
-    """The chat template of a recipe; None where `chat_template: auto` meets nothing but raw text, which needs none."""
+    """The chat template of a recipe; None where `chat_template: auto` meets nothing but raw text, which needs none.
+
+    Raises:
+        RecipeError, ModelError: as `resolve_template`; or there is none, and the recipe sets something about it.
+    """
     if data.chat_template == "auto" and all(find_format(source, data).name == "text" for source in sources):
+        about = {
+            "date_string": data.date_string,
+            "template_options": data.template_options,
+            "control_tokens": data.control_tokens,
+        }
+        for key in (key for key, value in about.items() if value):
+            raise RecipeError(
+                f"data.{key} has no effect: all of data.train is raw text, which no template wraps; remove it, or name "
+                "a data.chat_template to save with the result"
+            )
         return None
     options = dict(data.template_options) | ({} if data.date_string is None else {"date_string": data.date_string})
     return resolve_template(data.chat_template, tokenizer, options, data.control_tokens)

@@ -29,7 +29,7 @@ from tuner.data.render import Renderer
 from tuner.data.resolve import resolve_template
 from tuner.data.stream import load_split
 from tuner.data.templates import TEMPLATES, Template
-from tuner.errors import ModelError, NonFiniteError, RunDirError, RunError, TunerError
+from tuner.errors import DataError, ModelError, NonFiniteError, RunDirError, RunError, TunerError
 from tuner.evaluate import read_questions
 from tuner.model import quantize
 from tuner.model.adapter import AdapterMeta, load_adapter, read_meta, read_peft_config, saved_keys
@@ -297,7 +297,7 @@ def _tokenizer(source: Source) -> tuple[PreTrainedTokenizerFast, Template | None
     tokenizer = load_tokenizer(source.section.name_or_path, source.section.revision)
     template = TEMPLATES.get(source.meta.chat_template)
     if template is not None:
-        tokenizer.chat_template = template.jinja
+        tokenizer.chat_template = template.saved()
     return tokenizer, template
 
 
@@ -332,7 +332,10 @@ def _ids(renderer: Renderer, messages: Sequence[Message], answer: str) -> list[i
         text = "\n".join([*(m.content for m in messages), answer])
         return renderer.prompt_ids([Message("text", text)])[:MAX_TOKENS]
     prompt = renderer.prompt_ids(messages)
-    rendered = renderer.render(Example(tuple(messages), ((Message("assistant", answer),),)))
+    try:
+        rendered = renderer.render(Example(tuple(messages), ((Message("assistant", answer),),)))
+    except DataError:  # no answer of the kind that the template is for, as Llama Guard's verdicts are
+        rendered = []
     return rendered[0].ids() if rendered else prompt[:MAX_TOKENS]
 
 

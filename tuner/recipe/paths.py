@@ -6,6 +6,7 @@ refused naming both. A Hub id is refused when a local folder has the name of its
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,17 +21,30 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not _FILE_SUFFIX.search(text)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links, but for the last: a file's own name says what it is, and that of its link may not (the
+    Hub's cache links `train.jsonl` to a file that is called by its hash)."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def find_input(text: str, recipe_file: Path, where: str, *, hub: bool) -> str:
     """The absolute path that `text` means, or `text` itself where it is a Hub id and `hub` allows one.
 
     `where` opens the sentence of the RecipeError: place and key.
     """
-    written = Path(text).expanduser()
+    written = Path(os.path.expanduser(text))  # unlike Path.expanduser, this leaves a home that there is not as it is
     bases = [Path.cwd(), recipe_file.resolve().parent.parent]
     candidates = list(dict.fromkeys([written] if written.is_absolute() else [base / written for base in bases]))
     for candidate in candidates:
-        if candidate.exists():
-            return str(candidate.resolve())
+        if _exists(candidate):
+            return str(_resolved(candidate))
     tried = " nor ".join(str(candidate) for candidate in candidates)
     if hub and is_hub_id(text):
         organisation = text.split("/")[0]

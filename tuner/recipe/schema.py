@@ -195,9 +195,7 @@ class ReferenceSection(Section):
     """What the policy is compared with (preference stages)."""
 
     model: Text = Field("auto", description="auto: the policy at its first step; or a checkpoint directory or Hub id.")
-    cache: bool = Field(
-        False, description="Work its log-probs out once, before the first step, and keep them on disk."
-    )
+    cache: bool = Field(False, description="Work its log-probs out once, before the first step, and keep them on disk.")
 
 
 class TrainSection(Section):

@@ -18,7 +18,6 @@ from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
 from tuner.stages.sft import report
-from tuner.train.session import Session
 from tuner.types import Batch, Pairs, Scored, Tokens
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair
@@ -212,21 +211,7 @@ def run(
         model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
         reference = make_reference(recipe, machine, data, model.policy, console) if "reference" in loss.needs else None
         kind = WholeStepDPO if loss.scope == "step" else DPO
-        session = Session(
-            recipe=recipe,
-            devices=machine.devices,
-            run=opened.run,
-            policy=model.policy,
-            stage=kind(loss, reference),
-            samples=data.train.tokens,
-            plan=data.plan,
-            held_out=data.held_out.tokens if data.held_out else (),
-            questions=data.questions,
-            renderer=data.renderer,
-            tokenizer=data.tokenizer,
-            save_result=model.save_result,
-            console=console,
-        )
+        session = prepare.session(recipe, machine, data, opened, model, kind(loss, reference), console)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
         report(recipe, summary, console)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
@@ -29,19 +27,16 @@ from tuner.data.render import Renderer
 from tuner.data.report import place
 from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
 from tuner.data.templates import Template, control_ids, fingerprint
-from tuner.errors import DataError, RecipeError, TunerError
+from tuner.errors import DataError, RecipeError, TunerError, printable
 from tuner.evaluate import Question, read_questions
 from tuner.model.adapter import (
-    AdapterMeta,
     LanguageModel,
     adapter_directory,
     attach,
     check_continues,
     check_files,
     check_trained_tokens,
-    is_adapted,
     matched_modules,
-    save_adapter,
 )
 from tuner.model.fuse import fuse
 from tuner.model.load import (
@@ -54,12 +49,14 @@ from tuner.model.load import (
     load_tokenizer,
     plan_implementation,
     resolve_dtype,
-    set_token_ids,
 )
 from tuner.model.policy import Policy
 from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
+from tuner.stages.result import quantization, save_result
+from tuner.train.loop import Stage
 from tuner.train.metrics import tracker_classes
+from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
     find_devices,
@@ -253,7 +250,7 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
 
     def say(label: str, lines: Sequence[str]) -> None:
         for i, line in enumerate(lines):
-            console.print(f"{label if i == 0 else '':<9}{line.replace(here, '')}")
+            console.print(f"{label if i == 0 else '':<9}{printable(line.replace(here, ''))}")
 
     say("data", found.train.report.lines())
     if found.held_out:
@@ -262,7 +259,9 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     held_out = found.held_out.tokens if isinstance(recipe.data.eval, tuple) and found.held_out else None
     say("check", brief(found.train.tokens, held_out, bos=found.tokenizer.bos_token_id, terminators=ends))
     template = found.template.name if found.template else "none (raw text)"
-    say("template", [f"{template}; trained: {recipe.data.train_on}"])
+    date = found.template.settings().get("date_string") if found.template else None
+    said = f", with the date {date}" if date else ""
+    say("template", [f"{template}{said}; trained: {recipe.data.train_on}"])
     plan, unit = found.plan, recipe.train.batch_unit
     epochs = plan.epochs_done(plan.num_steps)
     size = f"{recipe.train.batch_size:,} {unit}"
@@ -337,8 +336,16 @@ def open_run(
             reports = {"train": data.train.report.as_dict()}
             if data.held_out:
                 reports["eval"] = data.held_out.report.as_dict()
-            run.record(data=reports, commit=recipe.model.revision)
+            run.record(data=reports, template=_template_record(data.template), commit=recipe.model.revision)
         yield opened
+
+
+def _template_record(template: Template | None) -> dict[str, Any] | None:
+    """The template for the manifest, with every option, the date among them; None for raw text."""
+    if template is None:
+        return None
+    named = {"name": template.name, "options": template.settings(), "control_tokens": dict(template.renamed)}
+    return named | {"sha256": fingerprint(template.saved())}
 
 
 def _tell(found: Opened | TunerError) -> None:
@@ -376,14 +383,12 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     stored = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype
     stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     if recipe.adapter is not None and recipe.adapter.path is not None:
-        check_continues(Path(recipe.adapter.path), base_sha256, _quantization(recipe))
+        check_continues(Path(recipe.adapter.path), base_sha256, quantization(recipe))
     lm: LanguageModel = base if recipe.adapter is None else attach(base, recipe.adapter)
+    saved = recipe.adapter.modules_to_save if recipe.adapter else ()
+    check_trained_tokens(base, _control_tokens(data), trained=full or "embed_tokens" in saved)
     if data.template is not None:
-        ids = control_ids(data.tokenizer)
-        saved = recipe.adapter.modules_to_save if recipe.adapter else ()
-        used = {ids[name]: name for name in data.template.control}
-        check_trained_tokens(base, used, trained=full or "embed_tokens" in saved)
-        _check_slots(data.template, base, full or {"embed_tokens", "lm_head"} <= set(saved))
+        _check_slots(data.template, full or {"embed_tokens", "lm_head"} <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
     if recipe.train.activation_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -400,10 +405,21 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     seed_everything(recipe.train.seed + machine.devices.rank)
     if machine.devices.is_main:
         _print_model(recipe, policy, fused, console)
-    return Model(policy, lambda run: _save_result(run, recipe, data, lm, stored_dtype, base_sha256))
+    return Model(policy, lambda run: save_result(run, recipe, data, lm, stored_dtype, base_sha256))
 
 
-def _check_slots(template: Template, base: nn.Module, trained: bool) -> None:
+def _control_tokens(data: Data) -> dict[int, str]:
+    """Id -> text of the control tokens that the model has to know: the template's, and others that the data holds."""
+    ids = control_ids(data.tokenizer)
+    special = {i: t.content for i, t in data.tokenizer.added_tokens_decoder.items() if t.special}
+    own = (*data.template.control, *data.template.optional, *data.template.tags) if data.template else ()
+    names = {ids[name]: name for name in own if name in ids} | special
+    held = {i for block in data.train.tokens.blocks for i in block.present(list(names))}
+    held.update(ids[name] for name in (data.template.control if data.template else ()))
+    return {i: names[i] for i in sorted(held)}
+
+
+def _check_slots(template: Template, trained: bool) -> None:
     """Refuses reserved slots in the place of control tokens where nothing would train them."""
     if template.renamed and not trained:
         slots = ", ".join(template.renamed.values())
@@ -445,58 +461,22 @@ def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], conso
     console.print(f"         {how}")
 
 
-def _save_result(
-    run: RunDir, recipe: Recipe, data: Data, lm: LanguageModel, stored_dtype: torch.dtype, base_sha256: str
-) -> Path:
-    """`adapter/` or `model/`, with the tokenizer and the template that trained."""
-    tokenizer = data.tokenizer
-    if data.template is not None:
-        tokenizer.chat_template = data.template.saved()
-    stop_ids = data.renderer.stop_ids
-
-    def save(directory: Path) -> None:
-        if is_adapted(lm):
-            save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids, base_sha256))
-        else:
-            set_token_ids(lm, tokenizer, stop_ids)
-            lm.save_pretrained(directory, state_dict=_stored(lm, stored_dtype))
-            lm.config.dtype = stored_dtype  # save_pretrained has written the dtype that trained
-            lm.config.save_pretrained(directory)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer.save_pretrained(directory)
-
-    return run.write_result("adapter" if is_adapted(lm) else "model", save)
-
-
-def _stored(lm: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict in `dtype`; tied weights stay one tensor, so that they are saved once."""
-    cast: dict[int, Tensor] = {}
-    state = lm.state_dict()
-    for tensor in state.values():
-        cast.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
-
-
-def _quantization(recipe: Recipe) -> dict[str, Any] | None:
-    """How the frozen base is quantised, as `tuner.json` keeps it."""
-    model = recipe.model
-    if not model.load_in_4bit:
-        return None
-    return {
-        "type": model.bnb_4bit_quant_type,
-        "double_quant": model.bnb_4bit_use_double_quant,
-        "compute_dtype": model.dtype,
-    }
-
-
-def _adapter_meta(recipe: Recipe, data: Data, stop_ids: Sequence[int], base_sha256: str) -> AdapterMeta:
-    model = recipe.model
-    return AdapterMeta(
-        base=model.name_or_path,
-        revision=model.revision,
-        base_sha256=base_sha256,
-        quantization=_quantization(recipe),
-        chat_template=data.template.name if data.template else "none",
-        stop_ids=tuple(stop_ids),
+def session(
+    recipe: Recipe, machine: Machine, data: Data, opened: Opened, model: Model, stage: Stage, console: Console
+) -> Session:
+    """The run of a stage, ready to train."""
+    return Session(
+        recipe=recipe,
+        devices=machine.devices,
+        run=opened.run,
+        policy=model.policy,
+        stage=stage,
+        samples=data.train.tokens,
+        plan=data.plan,
+        held_out=data.held_out.tokens if data.held_out else (),
+        questions=data.questions,
+        renderer=data.renderer,
+        tokenizer=data.tokenizer,
+        save_result=model.save_result,
+        console=console,
     )

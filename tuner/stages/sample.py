@@ -20,7 +20,7 @@ from tuner.data.formats.messages import to_messages
 from tuner.data.render import Renderer
 from tuner.data.report import place
 from tuner.data.resolve import resolve_template
-from tuner.data.templates import as_openai
+from tuner.data.templates import TEMPLATES, as_openai
 from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
 from tuner.model.adapter import load_adapter, read_meta
@@ -224,7 +224,8 @@ def _adapter_subject(given: Path, base: str | None) -> Subject:
     section = meta.base_section(base)
     # The tokenizer beside the adapter carries the very template that trained, with its options.
     beside = (directory / "tokenizer.json").is_file()
-    template, tokenizer = ("auto", str(directory)) if beside else (meta.chat_template, section.name_or_path)
+    tokenizer = str(directory) if beside else section.name_or_path
+    template = "auto" if beside or meta.chat_template not in TEMPLATES else meta.chat_template  # else the base's own
     return Subject(section, directory, template, tokenizer, _run_settings(directory.parent))
 
 

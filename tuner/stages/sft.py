@@ -14,7 +14,6 @@ from tuner.data.pack import weight_sum
 from tuner.losses import language
 from tuner.recipe import Recipe
 from tuner.stages import prepare
-from tuner.train.session import Session
 from tuner.types import Batch, Tokens
 
 
@@ -58,22 +57,8 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        base = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
-        session = Session(
-            recipe=recipe,
-            devices=machine.devices,
-            run=opened.run,
-            policy=base.policy,
-            stage=stage,
-            samples=data.train.tokens,
-            plan=data.plan,
-            held_out=data.held_out.tokens if data.held_out else (),
-            questions=data.questions,
-            renderer=data.renderer,
-            tokenizer=data.tokenizer,
-            save_result=base.save_result,
-            console=console,
-        )
+        model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
+        session = prepare.session(recipe, machine, data, opened, model, stage, console)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
         report(recipe, summary, console)

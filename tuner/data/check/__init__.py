@@ -15,7 +15,7 @@ from tuner.data.check.content import NO_SCRIPT, SCRIPTS
 from tuner.data.check.findings import BAD_ROWS, MIN_ROWS, Findings, Severity
 from tuner.data.check.report import CheckReport, LengthBias, Side, Source, Steps
 from tuner.data.check.scan import Ledger, Scanner, shingles_of
-from tuner.data.report import place
+from tuner.data.report import listed, place
 from tuner.data.stream import Plan, choose_template, held_out, make_renderer, sampled
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _unread(ledger: Ledger, findings: Findings) -> None:
     if ledger.unread_columns:
         found = findings.get("unread_columns")
         found.count += max(ledger.unread_columns.values())
-        found.detail = ", ".join(ledger.unread_columns)
+        found.detail = listed(ledger.unread_columns)
 
 
 def _length_bias(ledgers: list[Ledger], findings: Findings) -> LengthBias | None:

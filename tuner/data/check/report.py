@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tuner.data.check.findings import SEVERITIES, Finding
+from tuner.errors import printable
 
 BARS = 12  # bars of a histogram at most
 BAR_WIDTH = 40  # characters of the longest
@@ -219,7 +220,7 @@ class CheckReport:
             blocks.append(("plan", _step_lines(self.steps)))
         here = f"{os.getcwd()}{os.sep}"
         rows = ((label if i == 0 else "", line) for label, lines in blocks for i, line in enumerate(lines))
-        return [f"{label:<9}{line.replace(here, '')}".rstrip() for label, line in rows]
+        return [f"{label:<9}{printable(line.replace(here, ''))}".rstrip() for label, line in rows]
 
 
 def _side_lines(side: Side) -> list[str]:

@@ -215,6 +215,10 @@ class _Foreign:
                 "seconds": seconds,
             }
         )
+        try:
+            found["text"].encode()
+        except UnicodeEncodeError:
+            raise Refused("writes half of a surrogate pair, which is no text") from None
         row = _Row(found["text"], self._splitter.split(found["text"]), found["ends"], found["prompts"], hidden)
         try:
             hidden.check(row.text)

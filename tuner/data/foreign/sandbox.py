@@ -15,6 +15,7 @@ from __future__ import annotations
 # Jinja and Python import these when they first need them, and then no file can be opened any more.
 import encodings.ascii
 import encodings.unicode_escape
+import html
 import json
 import os
 import pprint
@@ -35,7 +36,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-_LOADED = (encodings.ascii, encodings.unicode_escape, pprint, textwrap, jinja2.constants, jinja2.debug)
+_LOADED = (encodings.ascii, encodings.unicode_escape, html, pprint, textwrap, jinja2.constants, jinja2.debug)
 MEMORY = 180 * 2**20  # bytes of address space, of which Python and Jinja take about 25 MB
 MAX_TEXT = 4_000_000  # characters of one rendering: a row of a million tokens
 OUT_OF_MEMORY = 12  # the exit status where not even an answer could be written

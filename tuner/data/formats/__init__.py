@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from tuner.data.report import listed
 from tuner.errors import DataError, RecipeError
 from tuner.registry import Registry, did_you_mean
 from tuner.types import Example
@@ -124,8 +125,7 @@ def optional(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> A
 
 def describe_columns(row: Mapping[str, Any]) -> str:
     """`the columns a, b`, with at most ten names."""
-    names = [str(k) for k in row]
-    return "the columns " + ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "no columns"
+    return f"the columns {listed(map(str, row))}" if row else "no columns"
 
 
 def as_text(value: Any, what: str) -> str:

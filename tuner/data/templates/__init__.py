@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Control tokens that the tokenizer names, not the template; the same names as the variables of a Jinja template.
 BOS, EOS = "bos_token", "eos_token"
+
+MAX_KNOWN = 100_000  # characters of a Jinja text that may be one of ours; a longer one is not looked at
 
 
 class Piece(NamedTuple):
@@ -79,7 +82,11 @@ class Template:
 
     def recognises(self, jinja: str) -> bool:
         """Whether `jinja` is known to render conversations as this template does."""
-        return fingerprint(jinja) in self.also | {fingerprint(self.jinja)}
+        return self.has_fingerprint(fingerprint(jinja))
+
+    def has_fingerprint(self, found: str) -> bool:
+        """The same, of the text's `fingerprint`."""
+        return found in self.also | {fingerprint(self.jinja)}
 
     def with_options(self, options: Mapping[str, Any]) -> Template:
         """This template with its own options set.
@@ -90,10 +97,16 @@ class Template:
         if not options:
             return self
         what = f"chat_template '{self.name}'"
+        options = {**self.options, **options}
         given = check_parameters(self.pieces, options, what, "option", without=("tools",))
         assert self.write is not None, f"{what} has options and no `write`"
-        pieces = functools.partial(self.pieces, **given)
-        return replace(self, pieces=pieces, jinja=self.write(**given), options={**self.options, **options})
+        return replace(self, pieces=functools.partial(self.pieces, **given), jinja=self.write(**given), options=options)
+
+    def settings(self) -> dict[str, Any]:
+        """Every option with the value that it has, given or by default."""
+        if self.write is None:
+            return {}
+        return {n: p.default for n, p in inspect.signature(self.write).parameters.items()} | dict(self.options)
 
     def with_control_tokens(self, renamed: Mapping[str, str]) -> Template:
         """This template with other tokens in the place of some of its control tokens.
@@ -101,24 +114,20 @@ class Template:
         Raises:
             RecipeError: it has no such control token, or two would stand for each other.
         """
-        every = (*self.control, *self.optional, *self.tags)
+        every = [name for name in (*self.control, *self.optional, *self.tags) if name not in (BOS, EOS)]
         for name in renamed:
             if name not in every:
-                mine = ", ".join(c for c in every if c not in (BOS, EOS)) or "none"
                 raise RecipeError(
                     f"data.control_tokens: chat_template '{self.name}' has no control token '{name}'"
-                    f"{did_you_mean(name, every)}; it has: {mine}"
+                    f"{did_you_mean(name, every)}; it has: {', '.join(every) or 'none'}"
                 )
         if not renamed:
             return self
         if len({renamed.get(name, name) for name in every}) < len(every):
             raise RecipeError("data.control_tokens: two control tokens share one slot; give each a slot of its own")
-        jinja = self.jinja
-        for name, slot in renamed.items():
-            jinja = jinja.replace(name, slot)
         return replace(
             self,
-            jinja=jinja,
+            jinja=re.sub("|".join(map(re.escape, renamed)), lambda m: renamed[m[0]], self.jinja),
             control=tuple(renamed.get(name, name) for name in self.control),
             optional=tuple(renamed.get(name, name) for name in self.optional),
             tags=tuple(renamed.get(name, name) for name in self.tags),
@@ -171,7 +180,10 @@ def recognise(jinja: str) -> Template | None:
         except (ValueError, KeyError, TypeError, RecipeError):
             return None
         return template if template.saved() == jinja else None
-    return next((t for t in TEMPLATES.values() if t.recognises(jinja)), None)
+    if len(jinja) > MAX_KNOWN:
+        return None
+    found = fingerprint(jinja)
+    return next((t for t in TEMPLATES.values() if t.has_fingerprint(found)), None)
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -192,14 +204,19 @@ def missing_controls(template: Template, tokenizer: PreTrainedTokenizerFast) -> 
 def fingerprint(jinja: str) -> str:
     """sha256 of a Jinja text up to what cannot change its output: blanks inside tags and the spelling of strings."""
     text = jinja.replace("\r\n", "\n").removesuffix("\n")
-    text = re.sub(r"(\{[{%]-?)(.*?)(-?[%}]\})", lambda m: m[1] + _squeeze(m[2]) + m[3], text, flags=re.DOTALL)
+    last = max(text.rfind("%}"), text.rfind("}}"))  # a tag that is never closed would be looked for again and again
+    text, rest = text[: last + 2], text[last + 2 :]
+    text = re.sub(r"(\{[{%]-?)(.*?)(-?[%}]\})", lambda m: m[1] + _squeeze(m[2]) + m[3], text, flags=re.DOTALL) + rest
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _squeeze(tag: str) -> str:
     """The inside of a tag without blanks that separate nothing; strings keep theirs, in one spelling."""
-    parts = re.split(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", tag, flags=re.DOTALL)
+    # a string that is never closed goes to the end, so that it is looked for once
+    parts = re.split(r"""('(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z))""", tag, flags=re.DOTALL)
     for i, part in enumerate(parts):
+        if i % 2 and part[-1] != part[0]:
+            continue
         if i % 2:
             parts[i] = repr(re.sub(r"\\.", lambda m: "\n" if m[0] == r"\n" else m[0], part[1:-1], flags=re.DOTALL))
         else:

@@ -5,6 +5,7 @@ The rendering is that of the checkpoint's own template; `_llama3.py` shows it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,17 +27,23 @@ def pieces(
     return tool_pieces(messages, add_generation_prompt, tools, date_string, tools_in_user_message, builtin_tools)
 
 
-def write(
-    date_string: str = DATE, tools_in_user_message: bool = True, builtin_tools: tuple[str, ...] | None = None
+def write_with_title(
+    title: str,
+    *,
+    date_string: str = DATE,
+    tools_in_user_message: bool = True,
+    builtin_tools: tuple[str, ...] | None = None,
 ) -> str:
-    """The Jinja text with these options."""
+    """The Jinja text with these options; its first line, the title, is what tells it from one that renders the same."""
     return tool_jinja(
-        "Llama 3.1 instruct",
+        title,
         date_string=date_string,
         tools_in_user_message=tools_in_user_message,
         builtin_tools=builtin_tools,
     )
 
+
+write = functools.partial(write_with_title, "Llama 3.1 instruct")
 
 TEMPLATE = Template(
     name="llama3.1",

@@ -22,15 +22,13 @@ JINJA = """\
 def pieces(
     messages: Sequence[Message], add_generation_prompt: bool = False, *, tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[Piece]:
-    """Neighbouring turns that are not answers are one text; an answer is cut from its prompt, as in generation."""
+    """An answer is cut from its prompt, as in generation."""
     out = [Piece(BOS, control=True)]
     for i, message in enumerate(messages):
         if message.role == "assistant":
             out += [Piece(message.content, owner=i, message=i), Piece(EOS, True, i, i)]
-        elif out[-1].control or (message.train, message.weight) != (messages[i - 1].train, messages[i - 1].weight):
-            out.append(Piece(message.content, message=i))
         else:
-            out[-1] = Piece(out[-1].text + message.content, message=i)
+            out.append(Piece(message.content, message=i))
     return out
 
 
