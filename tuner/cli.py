@@ -421,6 +421,8 @@ def main() -> NoReturn:
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(signum, _stop)
+    if sys.stdout is None:  # closed by who started this (`>&-`)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         app()
     except (_Stopped, KeyboardInterrupt) as error:

@@ -15,9 +15,15 @@ from tuner.errors import RecipeError
 T = TypeVar("T", bound=Callable[..., Any])
 
 
+MAX_NAME = 200  # characters of a name that others are compared with
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    name = str(name)
+    if len(name) > MAX_NAME:  # as data may have it, where a name should be; the search would take seconds
+        return ""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

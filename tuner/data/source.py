@@ -344,7 +344,8 @@ def _json_reason(error: Exception) -> str:
         return f"the key {shorten(str(error))} is twice in one object, and only one of them could be read; remove one"
     if isinstance(error, RecursionError):
         return "invalid JSON: lists or objects in each other, too deep to be read; flatten them"
-    return "invalid JSON: a whole number of more digits than can be read; write it as a string"  # int() raises nothing else
+    # int() raises nothing else
+    return "invalid JSON: a whole number of more digits than can be read; write it as a string"
 
 
 def _parquet_rows(path: Path, bad: _Bad) -> Iterator[tuple[int, Any]]:

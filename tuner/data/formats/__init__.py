@@ -155,7 +155,9 @@ def as_number(value: Any, what: str) -> float:
 
 def shorten(value: Any) -> str:
     """A value for an error message: `null`, or its repr up to 60 characters."""
-    shown = "null" if value is None else repr(value)
+    shown = "null" if value is None else repr(value[:60] if isinstance(value, str) else value)
+    if isinstance(value, str) and len(value) > 60:
+        return shown[:57] + "..."
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.data.bound import longest_token
 from tuner.data.formats import parser, unread_columns
 from tuner.data.render import Renderer
-from tuner.data.report import DataReport, place
+from tuner.data.report import DataReport, listed, place
 from tuner.data.show.cells import Cell, CellReader, clean
 from tuner.data.source import Row, rows
 from tuner.data.stream import choose_template, find_format, make_renderer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tuner.recipe import DataSection, DataSource
 
 RAW_LIMIT = 4000  # characters of a row that cannot be rendered
+MAX_CHARACTERS = 1_000_000  # of a row that is shown token by token; a cell takes some hundred bytes
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ class _Viewer:
         if entry.row is None:
             return replace(view, problem=entry.error)
         if unread := unread_columns(detected.name, entry.row, self.columns):
-            view = replace(view, facts=(*view.facts, ("not read", ", ".join(unread))))
+            view = replace(view, facts=(*view.facts, ("not read", listed(unread))))
         if entry.beyond:
             view = replace(view, notes=(f"the source has limit: {self.source.limit}, which leaves this row out",))
         try:
@@ -255,6 +257,8 @@ class _Viewer:
         return self._rendered(view, example)
 
     def _rendered(self, view: RowView, example: Example) -> RowView:
+        if (characters := sum(map(len, _texts(example)))) > MAX_CHARACTERS:
+            return self._too_long(view, example, characters)
         renderer = self._fresh()
         problem = ""
         try:
@@ -273,6 +277,17 @@ class _Viewer:
         kept = found or whole
         samples = tuple(self._sample(example, k, w) for k, w in zip(kept, whole, strict=True))
         return replace(view, samples=samples, notes=(*view.notes, *self._notes(renderer.report, samples)))
+
+    def _too_long(self, view: RowView, example: Example, characters: int) -> RowView:
+        """A row that is not tokenised, since its cells would take gigabytes: the beginning of its text."""
+        note = f"it has {characters:,} characters, and only rows of up to {MAX_CHARACTERS:,} are shown token by token"
+        longest = longest_token(self.renderer.tokenizer)
+        least = -(-max(map(len, _texts(example))) // longest) if longest else 0
+        problem = ""
+        if least > self.data.max_length and self.data.overlong in ("error", "drop"):
+            limit = f"data.max_length: {self.data.max_length} (data.overlong: {self.data.overlong})"
+            problem = f"at least {least:,} tokens, more than {limit}"
+        return replace(view, problem=problem, notes=(*view.notes, note), raw=_shortened(_conversation(example)))
 
     def _fresh(self, **changes: Any) -> Renderer:
         """The renderer with counts of its own; building another one would take its time."""
@@ -423,6 +438,10 @@ def _neutral(example: Example) -> Example:
 def _conversation(example: Example) -> str:
     turns = [*example.prompt, *(m for completion in example.completions for m in completion)]
     return "\n\n".join(f"[{m.role}]\n{m.content}" for m in turns)
+
+
+def _texts(example: Example) -> list[str]:
+    return [m.content for turns in (example.prompt, *example.completions) for m in turns]
 
 
 def _shortened(text: str) -> str:

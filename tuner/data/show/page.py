@@ -5,7 +5,9 @@ All text of the data goes through `html.escape`, and the page's own policy forbi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
@@ -102,7 +104,7 @@ _LEGEND = (
 
 def check(file: Path) -> None:
     """Refuses a page that is there; raises RunDirError."""
-    if file.exists() or file.is_symlink():
+    if os.path.lexists(file):  # false, where Path.exists raises: a name that is too long
         raise RunDirError(f"'{file}' exists; give another --html, or move it away")
 
 
@@ -115,10 +117,21 @@ def write(look: Look, file: Path) -> None:
     except OSError as error:
         raise RunDirError(f"--html: the folder of '{file}' cannot be made: {error.strerror}") from None
     try:
-        with file.open("x", encoding="utf-8") as stream:
+        with file.open("x", encoding="utf-8") as stream, _whole_or_none(file):
             stream.write(text)
+            stream.flush()
     except OSError as error:
         raise RunDirError(f"--html: '{file}' cannot be written: {error.strerror}; give another file") from None
+
+
+@contextmanager
+def _whole_or_none(file: Path) -> Iterator[None]:
+    """Removes a page that could not be written to its end, as on a full disk or where a signal came."""
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def page(look: Look) -> str:
