@@ -298,3 +298,74 @@ def test_content_hash_is_that_of_the_bytes(write):
         assert before == hashlib.sha256(file.read()).hexdigest()
     write([*ROWS[:2], {"text": "u"}])
     assert content_hash(DataSource(path=path)) != before
+
+
+def test_a_key_twice_in_a_row_is_a_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n{"m": [{"k": 1, "k": 2}]}\n')
+    seen = []
+    found = list(rows(DataSource(path=str(tmp_path / "a.jsonl")), on_bad=lambda i, e: seen.append((i, str(e)))))
+    assert found == [(0, {"text": "a"})] and [i for i, _ in seen] == [1, 2]
+    assert "a.jsonl line 2: the key 'text' is twice in one object" in seen[0][1]
+    (tmp_path / "a.json").write_text('[{"text": "b", "text": "c"}]')
+    with pytest.raises(DataError, match=r"a\.json: the key 'text' is twice"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.jsonl", gzip.compress(b'{"text": "a"}'), "a gzip file; add .gz"),
+        ("x.json", bz2.compress(b"[]"), "a bzip2 file; add .bz2"),
+        ("x.csv", lzma.compress(b"a,b"), "an xz file; add .xz"),
+        ("x.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "inside its compression a gzip file"),
+        ("x.jsonl", b"PAR1\x15\x04", "a parquet file; name it .parquet"),
+        ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ("x.csv", b"BZhour,PAR1\n1,2\n", None),
+    ],
+)
+def test_a_file_of_another_kind_is_told_by_its_first_bytes(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    if said is None:
+        assert read(tmp_path / name) == [(0, {"BZhour": "1", "PAR1": "2"})]
+        return
+    with pytest.raises(DataError, match=said):
+        list(rows(DataSource(path=str(tmp_path / name)), on_bad=lambda *_: None))
+
+
+def test_a_file_without_one_readable_row_says_what_is_wrong_with_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"none of the 2 rows of .*a\.jsonl can be read; the first: .* line 1: byte 13"):
+        list(rows(DataSource(path=str(tmp_path / "a.jsonl")), on_bad=lambda *_: None))
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]\n', '[\n{"text": "a"}\n]\n'])
+def test_a_list_in_a_jsonl_file_is_told_from_rows(text, tmp_path):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"line 1: .*for one list of all rows name the file \.json$"):
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [("null", "a null"), ("1.5", "a number"), ("true", "a boolean"), ("[1]", "a list"), ('"x"', "a string")],
+)
+def test_what_is_no_object_is_called_as_in_json(value, said, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{value}\n')
+    with pytest.raises(DataError, match=f"line 2: a row must be a JSON object with named columns, this is {said}$"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_parquet_value_that_python_cannot_hold_names_the_file(tmp_path):
+    far = pa.table({"text": ["a"], "when": pa.array([2**62], pa.timestamp("us"))})
+    twins = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    for table in (far, pa.table({"text": ["a"], "s": twins})):
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet after row 0: .*; restore the file"):
+            read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_column_twice_is_refused(tmp_path):
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has the column 'text' twice"):
+        read(tmp_path / "a.parquet")

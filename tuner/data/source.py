@@ -345,6 +345,7 @@ def _json_reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "invalid JSON: lists or objects in each other, too deep to be read; flatten them"
     # int() raises nothing else
+    # the one ValueError that is left, of int()
     return "invalid JSON: a whole number of more digits than can be read; write it as a string"
 
 
