@@ -284,6 +284,7 @@ def test_a_signal_before_training_is_one_sentence(tmp_path: Path, signum: int, c
         signal.signal(number, handler)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():
+        assert process.poll() is None, process.communicate()[1]  # else this would wait for ever
         time.sleep(0.01)
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)

@@ -10,7 +10,7 @@ import pytest
 
 from tuner import recipe as recipes
 from tuner.recipe import Recipe
-from tuner.stages import sft
+from tuner.stages import dpo, sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -25,11 +25,15 @@ EXPECTED = {
     "llama3.1-8b-lora",
     "llama3.1-8b-qlora",
     "llama3.2-1b-full",
+    "pref",
 }
+STAGES = {"sft": sft.run, "dpo": dpo.run}
 
 
 def read(name: str) -> Recipe:
-    return recipes.load(FOLDER / f"{name}.yaml", stage="sft", find_inputs=False)
+    recipe = recipes.load(FOLDER / f"{name}.yaml", find_inputs=False)
+    assert recipe.stage in STAGES, "a recipe that ships says its stage"
+    return recipe
 
 
 def test_all_are_there() -> None:
@@ -45,7 +49,7 @@ def test_it_loads_and_writes_to_a_run_of_its_own_name(name: str) -> None:
 def test_its_header_says_what_it_does_how_to_run_it_and_on_what(name: str) -> None:
     header = (FOLDER / f"{name}.yaml").read_text().split("version: 1\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert re.search(rf"^#   tuner sft recipes/{re.escape(name)}\.yaml", header, re.MULTILINE)
+    assert re.search(rf"^#   .*tuner {read(name).stage} recipes/{re.escape(name)}\.yaml", header, re.MULTILINE)
     assert "Hardware:" in header
 
 
@@ -92,6 +96,15 @@ def test_full_recipes_have_no_adapter(name: str) -> None:
     assert read(name).adapter is None
 
 
+def earlier_run(model: Path, chats: Path, folder: Path) -> Path:
+    """A run whose adapter a recipe goes on with."""
+    run = folder / "earlier"
+    settings = ["eval.questions=null", "data.eval=null", "data.max_length=512", "train.max_steps=1", "train.threads=1"]
+    paths = [f"model.name_or_path={model}", f"data.train={chats}", f"train.output_dir={run}"]
+    sft.run(recipes.load(FOLDER / "chat.yaml", [*settings, *paths], stage="sft"))
+    return run
+
+
 def stand_ins(name: str, model: Path, chats: Path, folder: Path) -> list[str]:
     """Overrides that put a tiny model and tiny data in the place of what the recipe names."""
     recipe, data = read(name), chats
@@ -105,8 +118,14 @@ def stand_ins(name: str, model: Path, chats: Path, folder: Path) -> list[str]:
         "train.output_dir": folder / "run",
         "train.threads": 1,
     }
+    if recipe.stage == "dpo":
+        data = overrides["data.train"] = folder / "pairs.jsonl"
+        pair = {"prompt": "What is the capital?", "chosen": "The answer is short.", "rejected": "The moon."}
+        data.write_text("".join(json.dumps(pair | {"chosen": f"The answer is {i}."}) + "\n" for i in range(40)))
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        overrides["adapter.path"] = earlier_run(model, chats, folder)
     if isinstance(recipe.data.eval, tuple):
-        overrides["data.eval"] = chats
+        overrides["data.eval"] = data
     if recipe.eval.questions is not None:
         questions = folder / "questions.jsonl"
         row = {"messages": [{"role": "user", "content": "What is the capital?"}], "answer": "The answer is short."}
@@ -121,8 +140,8 @@ def stand_ins(name: str, model: Path, chats: Path, folder: Path) -> list[str]:
 def test_a_dry_run_plans_it_and_writes_nothing(
     name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = recipes.load(FOLDER / f"{name}.yaml", stand_ins(name, tiny_model_dir, chats_file, tmp_path), stage="sft")
-    sft.run(recipe, dry_run=True)
+    recipe = recipes.load(FOLDER / f"{name}.yaml", stand_ins(name, tiny_model_dir, chats_file, tmp_path))
+    STAGES[str(recipe.stage)](recipe, dry_run=True)
     assert "steps" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
@@ -131,8 +150,8 @@ def test_a_dry_run_plans_it_and_writes_nothing(
 def test_it_trains_two_steps(name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> None:
     few = ["train.max_steps=2", "train.batch_unit=null", "train.batch_size=2", "generate.max_new_tokens=2"]
     overrides = [*stand_ins(name, tiny_model_dir, chats_file, tmp_path), *few]
-    recipe = recipes.load(FOLDER / f"{name}.yaml", overrides, stage="sft")
-    sft.run(recipe)
+    recipe = recipes.load(FOLDER / f"{name}.yaml", overrides)
+    STAGES[str(recipe.stage)](recipe)
     kind = "model" if recipe.adapter is None else "adapter"
     assert list((tmp_path / "run" / kind).glob("*.safetensors"))
     steps = {json.loads(line).get("step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()}

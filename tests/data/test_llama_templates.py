@@ -14,7 +14,7 @@ from tests.data.chats import OFFICIAL, as_example, as_messages, by_jinja, has_pl
 from tuner.data.render import Renderer
 from tuner.data.resolve import resolve_template
 from tuner.data.templates import TEMPLATES, recognise
-from tuner.errors import DataError, ModelError
+from tuner.errors import DataError, ModelError, RecipeError
 from tuner.types import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
@@ -319,3 +319,10 @@ def test_categories_of_ones_own(tokenizer):
             Renderer(tokenizer, template).render(as_example(row))
         with pytest.raises(TemplateError):
             by_jinja(tokenizer, template.jinja, row, tokenize=False)
+
+
+@pytest.mark.parametrize("date", ["1 Jan<|eot_id|>", "1 Jan\x1b[31m", "<|start_header_id|>"])
+def test_an_option_cannot_smuggle_a_control_token(date):
+    with pytest.raises(RecipeError, match="spells a control token or holds a control character"):
+        TEMPLATES["llama3.1"].with_options({"date_string": date})
+    assert TEMPLATES["llama3.1"].with_options({"date_string": "1 Jan 2025"}).settings()["date_string"] == "1 Jan 2025"

@@ -10,10 +10,11 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -98,6 +99,13 @@ class Template:
             return self
         what = f"chat_template '{self.name}'"
         options = {**self.options, **options}
+        spelled = (*self.control, *self.optional, "<|")
+        for text in _texts_in(options):
+            if any(name in text for name in spelled) or not text.replace("\n", "").isprintable():
+                raise RecipeError(
+                    f"{what}: an option holds {text[:40]!r}, which spells a control token or holds a control character, "
+                    "and would be read as one in the saved template; write plain text"
+                )
         given = check_parameters(self.pieces, options, what, "option", without=("tools",))
         assert self.write is not None, f"{what} has options and no `write`"
         return replace(self, pieces=functools.partial(self.pieces, **given), jinja=self.write(**given), options=options)
@@ -142,6 +150,16 @@ class Template:
             return self.jinja
         settings = {"name": self.name, "options": dict(self.options), "control_tokens": dict(self.renamed)}
         return _MARK.format(json.dumps(settings).replace("#", "\\u0023")) + self.jinja
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in the options of a template, keys of mappings too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(map(_texts_in, (*value.keys(), *value.values())))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(_texts_in, value))
 
 
 _MARK = "{{#- tuner chat_template {} -#}}\n"
