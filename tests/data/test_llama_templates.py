@@ -323,6 +323,6 @@ def test_categories_of_ones_own(tokenizer):
 
 @pytest.mark.parametrize("date", ["1 Jan<|eot_id|>", "1 Jan\x1b[31m", "<|start_header_id|>"])
 def test_an_option_cannot_smuggle_a_control_token(date):
-    with pytest.raises(RecipeError, match="spells a control token or holds a control character"):
+    with pytest.raises(RecipeError, match="spells a control token or has a control character"):
         TEMPLATES["llama3.1"].with_options({"date_string": date})
     assert TEMPLATES["llama3.1"].with_options({"date_string": "1 Jan 2025"}).settings()["date_string"] == "1 Jan 2025"

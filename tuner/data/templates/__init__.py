@@ -103,7 +103,7 @@ class Template:
         for text in _texts_in(options):
             if any(name in text for name in spelled) or not text.replace("\n", "").isprintable():
                 raise RecipeError(
-                    f"{what}: an option holds {text[:40]!r}, which spells a control token or holds a control character, "
+                    f"{what}: an option holds {text[:40]!r}, which spells a control token or has a control character, "
                     "and would be read as one in the saved template; write plain text"
                 )
         given = check_parameters(self.pieces, options, what, "option", without=("tools",))
