@@ -18,7 +18,7 @@ from tuner.data.pack import bins, pack
 from tuner.errors import ModelError
 from tuner.model.load import base_fingerprint, load_base, load_tokenizer
 from tuner.model.policy import Policy
-from tuner.model.reference import Reference, disable_dropout
+from tuner.model.reference import Reference
 from tuner.recipe import ModelSection, Recipe
 from tuner.train.loop import ROW_MULTIPLE
 from tuner.types import Batch, Tokens
@@ -39,11 +39,6 @@ def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy,
     section, device = recipe.reference, machine.devices.device
     if section.model == "auto":
         reference, name = Reference(policy), "the policy at its first step"
-        weights = hashlib.sha256()
-        for key, parameter in sorted(policy.named_parameters()):
-            weights.update(key.encode())
-            weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        identity = weights.hexdigest()
     else:
         other = load_tokenizer(section.model)
         if other.get_vocab() != data.tokenizer.get_vocab():
@@ -53,8 +48,6 @@ def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy,
         lm = load_base(ModelSection(name_or_path=section.model, dtype=recipe.model.dtype), device, trainable=False)
         frozen = Policy(lm, compute_dtype=policy.compute_dtype, attn_implementation=policy.attn_implementation)
         reference, name = Reference(frozen), section.model
-        identity = base_fingerprint(section.model)
-    disable_dropout(reference.policy)
     copied = f", a copy of {reference.copied_bytes / 1e6:,.1f} MB" if reference.copied_bytes else ""
     console.print(f"reference {name}{copied}{', log-probs kept on disk' if section.cache else ''}")
     if not section.cache:
@@ -62,11 +55,21 @@ def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy,
     stores = [data.train.tokens, *([data.held_out.tokens] if data.held_out else [])]
     capacity = recipe.train.microbatch_tokens
     assert isinstance(capacity, int)
+    identity = _weights_hash(policy) if section.model == "auto" else base_fingerprint(section.model)
     kept = KeptLogps(cache.directory() / "reference", f"{identity} {recipe.model.dtype}", device)
     for store in stores:
         kept.work_out(reference, store, capacity)
     kept.save()
     return kept
+
+
+def _weights_hash(policy: Policy) -> str:
+    """sha256 over all parameters as they are now."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class KeptLogps:
