@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -80,7 +79,9 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
         RecipeError: a target that matches no module, or one that cannot be adapted.
     """
     if section.path:
-        model = load_adapter(base, adapter_directory(Path(section.path)), trainable=True, new_score=True)
+        directory = adapter_directory(Path(section.path))
+        new_score = task_of(base) == "SEQ_CLS" != read_peft_config(directory).get("task_type")
+        model = load_adapter(base, directory, trainable=True, new_score=new_score)
     else:
         targets = resolve_targets(base, section.target_modules)
         _check_saved_modules(base, section.modules_to_save)
@@ -257,34 +258,48 @@ def read_meta(directory: Path) -> AdapterMeta | None:
         raise ModelError(f"{file} cannot be read; the adapter directory is damaged") from None
 
 
+def _as_it_is(base: PreTrainedModel, directory: Path, trainable: bool) -> tuple[PeftModel, set[str]]:
+    """The adapter on its base, and the names of the tensors that it brings."""
+    if (task := read_peft_config(directory).get("task_type")) != (wanted := task_of(base)):
+        if task == "SEQ_CLS":
+            raise ModelError(f"{directory} is the adapter of a reward model, which writes no text; give another one")
+        if wanted == "SEQ_CLS":
+            raise ModelError(f"{directory} is no adapter of a reward model: it has no score head; give another one")
+    model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
+    return model, set(saved_keys(directory))
+
+
+def _with_score(base: PreTrainedModel, directory: Path, trainable: bool) -> tuple[PeftModel, set[str]]:
+    """The adapter of a causal model on the base of a reward model, and the names of its tensors.
+
+    It keeps the score head of that base, and leaves the language head behind if it trained one.
+    """
+    config = LoraConfig.from_pretrained(str(directory))
+    config.task_type, config.inference_mode = "SEQ_CLS", not trainable
+    config.base_model_name_or_path = None  # peft warns where it is another one
+    config.modules_to_save = [name for name in config.modules_to_save or () if name != "lm_head"]
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".lm_head.weight")}
+    tensors["base_model.model.score.weight"] = base.get_parameter("score.weight").detach().clone()
+    model = get_peft_model(base, config, adapter_name=ADAPTER)
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    return model, set(tensors)
+
+
 def load_adapter(
     base: PreTrainedModel, directory: Path, *, trainable: bool = False, new_score: bool = False
 ) -> PeftModel:
     """Puts a saved adapter on a base; a key that is missing, unexpected or of another shape is an error.
 
     Args:
-        new_score: an adapter of a causal model may lie on the base of a reward model, whose own head it goes on with.
+        new_score: it is an adapter of a causal model, and goes on as that of a reward model.
 
     Raises:
         ModelError: no adapter there, a damaged file, or an adapter that does not fit this base.
     """
-    found, reward = check_files(directory), task_of(base) == "SEQ_CLS"
-    of_reward = read_peft_config(directory).get("task_type") == "SEQ_CLS"
-    if of_reward and not reward:
-        raise ModelError(f"{directory} is the adapter of a reward model, which writes no text; give another one")
-    if reward and not of_reward and not new_score:
-        raise ModelError(f"{directory} is no adapter of a reward model: it has no score head; give another one")
+    check_files(directory)
     try:
-        config = LoraConfig.from_pretrained(str(directory))
-        if reward and not of_reward:
-            config.task_type = "SEQ_CLS"
-            config.modules_to_save = [name for name in config.modules_to_save or () if name != "lm_head"]
-            found = {name for name in found if not name.endswith(".lm_head.weight")} | {"base_model.model.score.weight"}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # those that matter are named below
-            model = PeftModel.from_pretrained(
-                base, str(directory), adapter_name=ADAPTER, is_trainable=trainable, config=config
-            )
+        model, found = (_with_score if new_score else _as_it_is)(base, directory, trainable)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{directory}/adapter_model.safetensors cannot be read: {first_line(error)}") from None
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -348,8 +363,9 @@ def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: b
     same = (torch.cdist(rows, rows) + torch.eye(len(rows), device=rows.device) * typical) < 1e-3 * typical
     dead += [name for name, twin in zip(ids.values(), same.any(dim=1), strict=True) if twin and name not in dead]
     if dead:
+        modules = "embed_tokens, lm_head" if model.get_output_embeddings() else "embed_tokens"  # type: ignore[operator]
         raise ModelError(
             f"the embeddings of {', '.join(dead)} were never trained in this base (rows of zeros, or equal to each "
-            "other) and would stay frozen; add adapter.modules_to_save: [embed_tokens, lm_head], fine-tune the full "
+            f"other) and would stay frozen; add adapter.modules_to_save: [{modules}], fine-tune the full "
             "weights, or use a data.chat_template whose control tokens the base knows"
         )
