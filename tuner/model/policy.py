@@ -27,7 +27,7 @@ class Policy(Backbone):
         Returns:
             `[M]` float32.
         """
-        picked = self.hidden_states(batch).index_select(0, batch.predict_at).to(self.compute_dtype)
+        picked = self.hidden_states(batch, batch.predict_at).to(self.compute_dtype)
         return self.ops["token_logps"](picked, self.head_weight(), batch.targets)
 
     @contextmanager

@@ -11,6 +11,7 @@ in fp32.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,8 +36,17 @@ def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     One pass makes the softmax. The largest logit has the largest probability, exp(max - lse), so
     lse = max - log(largest probability) without a second pass of exponentials, and without overflow.
     """
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    if logits.device.type == "cpu" and logits.dtype != torch.float32:
+        probabilities = torch.softmax(out.copy_(logits), dim=-1, out=out)  # with `dtype` the copy is a new one
+    else:
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
     return probabilities, logits.amax(-1).float() - probabilities.amax(-1).log()
+
+
+@lru_cache(maxsize=1)
+def _cpu_room(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kept from call to call, as it would come in fresh pages every time."""
+    return torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, vocabulary)
 
 
 class _Buffers:
@@ -44,9 +54,12 @@ class _Buffers:
 
     def __init__(self, rows: int, hidden: Tensor, weight: Tensor) -> None:
         self.rows = min(rows, hidden.shape[0])
-        shape = (self.rows, weight.shape[0])
-        self._logits = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-        self._fp32 = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        if hidden.device.type == "cpu":
+            self._logits, self._fp32 = _cpu_room(rows, weight.shape[0], hidden.dtype)
+        else:
+            shape = (self.rows, weight.shape[0])
+            self._logits = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+            self._fp32 = torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp of each target [m], softmax [m, V] in fp32; the latter lives until the next call)."""
