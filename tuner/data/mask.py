@@ -72,6 +72,12 @@ class Mask:
             weights = self._message_weights(example, messages, where)
             answers = (m for m, weight in zip(messages, weights, strict=True) if m.role in ANSWERS and weight)
             empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
+            if empty and example.is_preference:
+                raise DataError(
+                    f"{where}: one of the answers is empty, so that there is nothing to compare or to judge; remove the "
+                    "row, or fill it in",
+                    kind="empty_side",
+                )
             targets = list(self._targets(self._pieces(messages, where, example.tools), weights))
             if not any(weight and piece.text for piece, weight in targets):  # as where an answer is only quoted
                 raise self._nothing(where)

@@ -259,16 +259,21 @@ class Renderer:
         parts = [self._chat_parts(branch, ids) for branch in plan.branches]
         trunk = [(run, 0.0) for run, _ in parts[0][: starts[0]]]
         branches = [branch[start:] for branch, start in zip(parts, starts, strict=True)]
+        if _alike(branches):
+            raise _Unusable(
+                f"{where}: two of the answers are the same to the token, so that neither is the better one; remove the "
+                "row",
+                kind="same_completions",
+            )
         room = self.max_length - _length(trunk)
         longest = max(map(_length, branches))
         if longest <= room:
             return [_tokens(example, trunk, branches)]
-
-        def cut() -> Tokens:
-            kept = [_cut(branch, max(room, 0)) for branch in branches]
-            return _tokens(example, trunk, kept if all(any(w for i, w in b if i) for b in kept) else [])
-
-        return self._overlong(_length(trunk) + longest, example, cut)
+        # the prompt stays whole, for all answers the same
+        kept = [_cut(branch, max(room, 0)) for branch in branches]
+        trained = all(any(weight for ids, weight in branch if ids) for branch in kept)
+        lost = "cut_away" if not trained else "cut_equal" if _alike(kept) else ""
+        return self._overlong(_length(trunk) + longest, example, lambda: _tokens(example, trunk, kept), lost=lost)
 
     def _hopeless(self, plan: Masked) -> bool:
         """Whether a row has so much text that it need not be tokenised to be refused, or dropped and counted."""
@@ -282,8 +287,9 @@ class Renderer:
         return True
 
     def _overlong(
-        self, length: int, example: Example, cut: Callable[[], Tokens], at_least: bool = False
+        self, length: int, example: Example, cut: Callable[[], Tokens], at_least: bool = False, lost: str = ""
     ) -> list[Tokens]:
+        """What becomes of a row that is too long; `lost` says under which count a cut would leave nothing of use."""
         where = place(example.source, example.row)
         if self.overlong == "error":
             choices = "drop, truncate or split" if is_text(example) else "drop or truncate"
@@ -298,8 +304,8 @@ class Renderer:
             self.report.lost_tokens += length
             return []
         sample = cut()
-        if not sample.num_trained:
-            self.report.count("cut_away", where)
+        if lost or not sample.num_trained:
+            self.report.count(lost or "cut_away", where)
             self.report.lost_tokens += length
             return []
         self.report.count("truncated", where)
@@ -348,6 +354,12 @@ def _completion_start(plan: Sequence[Target], example: Example) -> int:
         if (piece.owner if answer else piece.message) == first:
             return n
     return len(plan)
+
+
+def _alike(branches: Iterable[Iterable[Weighted]]) -> bool:
+    """Whether two of the branches have the same ids."""
+    runs = [[i for ids, _ in branch for i in ids] for branch in branches]
+    return any(run in runs[:n] for n, run in enumerate(runs))
 
 
 def _length(parts: Iterable[Weighted]) -> int:
