@@ -74,14 +74,16 @@ class Mask:
             empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
             if empty and example.is_preference:
                 raise DataError(
-                    f"{where}: one of the answers is empty, so that there is nothing to compare or to judge; remove the "
-                    "row, or fill it in",
+                    f"{where}: an answer is empty, so that there is nothing to compare or to judge; remove the row, or "
+                    "fill it in",
                     kind="empty_side",
                 )
             targets = list(self._targets(self._pieces(messages, where, example.tools), weights))
             if not any(weight and piece.text for piece, weight in targets):  # as where an answer is only quoted
                 raise self._nothing(where)
             branches.append(tuple(self._joined(targets, len(example.prompt) if example.is_preference else None)))
+        if any(branch in branches[:n] for n, branch in enumerate(branches)):
+            raise same_answers(where)
         return Masked(example, tuple(branches), empty, no_instruction)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Target]:
@@ -209,6 +211,14 @@ class Mask:
 def is_text(example: Example) -> bool:
     """Whether an example is raw text, which no template wraps."""
     return not example.prompt and len(example.completions[0]) == 1 and example.completions[0][0].role == "text"
+
+
+def same_answers(where: str) -> DataError:
+    """The error of a row with two answers that nothing tells apart."""
+    return DataError(
+        f"{where}: two of the answers are the same to the token, so that neither is the better one; remove the row",
+        kind="same_completions",
+    )
 
 
 def _before(piece: Piece, message: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tuner.data.bound import longest_token
 from tuner.data.encode import Lead, TextEncoder
-from tuner.data.mask import Mask, Masked, Target, TrainOn, is_text
+from tuner.data.mask import Mask, Masked, Target, TrainOn, is_text, same_answers
 from tuner.data.report import DataReport, place
 from tuner.data.templates import BOS, EOS, TEMPLATES, Template, control_ids, tojson
 from tuner.errors import DataError, ModelError, RecipeError
@@ -259,12 +259,8 @@ class Renderer:
         parts = [self._chat_parts(branch, ids) for branch in plan.branches]
         trunk = [(run, 0.0) for run, _ in parts[0][: starts[0]]]
         branches = [branch[start:] for branch, start in zip(parts, starts, strict=True)]
-        if _alike(branches):
-            raise _Unusable(
-                f"{where}: two of the answers are the same to the token, so that neither is the better one; remove the "
-                "row",
-                kind="same_completions",
-            )
+        if _alike(branches):  # though their texts differ
+            raise _Unusable(*same_answers(where).args, kind="same_completions")
         room = self.max_length - _length(trunk)
         longest = max(map(_length, branches))
         if longest <= room:

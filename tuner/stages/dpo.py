@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tuner.data.report import place
-from tuner.errors import DataError, RecipeError
+from tuner.errors import RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
+from tuner.stages.rows import fit_of
 from tuner.stages.sft import report
 from tuner.types import Batch, Pairs, Scored, Tokens
 
@@ -137,26 +137,6 @@ def _table(batch: Batch, values: Tensor, documents: int) -> Tensor:
 # --- the run ---
 
 
-def check_pairs(samples: Sequence[Tokens], loss: Bound, what: str) -> None:
-    """Refuses samples that are no pairs, and data without the margins that the loss reads.
-
-    Raises:
-        DataError: names the row.
-    """
-    for sample in samples:
-        where = f"{what}: {place(sample.source, sample.row)}"
-        if len(sample.branches) != 2:
-            raise DataError(
-                f"{where} has {len(sample.branches)} answers, and this loss compares pairs; give rows with chosen and "
-                "rejected"
-            )
-        if "margins" in loss.needs and not sample.scores:
-            raise DataError(
-                f"{where} says no margin, which loss '{loss.name}' with these parameters reads from every row; add a "
-                "column 'margin', or leave the parameter out"
-            )
-
-
 def resolve_loss(name: str, parameters: Mapping[str, Any]) -> Bound:
     """The loss of a recipe, if this stage can bring what it needs.
 
@@ -192,9 +172,7 @@ def run(
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
     recipe = machine.recipe
     prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
-    data = prepare.data(recipe, machine.devices, console, accepts=("preference",))
-    check_pairs(data.train.tokens, loss, "data.train")
-    check_pairs(data.held_out.tokens if data.held_out else (), loss, "data.eval")
+    data = prepare.data(recipe, machine.devices, console, ("preference",), fit_of(loss))
     if dry_run:
         return prepare.report_dry_run(data, console)
     with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:

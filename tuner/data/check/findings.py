@@ -43,8 +43,9 @@ KINDS: dict[str, Kind] = {
         "error", "rows whose answers the loss of this recipe cannot use", "mend or remove them, or change the loss"
     ),
     "wrong_kind": Kind(
-        "error", "rows of another kind than this stage trains on", "name another file, set data.format, or run another"
-        " stage",
+        "error",
+        "rows of another kind than this stage trains on",
+        "name another file, set data.format, or run another stage",
     ),
     "nothing_left": Kind("error", "rows, of which none is left to train on", "give a file with usable rows"),
     "bos_doubled": Kind("error", "rows with a doubled BOS", "remove BOS from the text, or from the chat template"),
