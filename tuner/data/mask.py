@@ -40,13 +40,20 @@ class Mask:
         template: of chats; None if there is only raw text.
         train_on: `assistant` (every answer and its terminator), `last` (the last one), `all` (everything but BOS).
         ghost_attention: whether a system instruction is to reach through all turns (see `tuner.data.ghost`).
+        train_control_tokens: whether control tokens of compared answers are trained, as their text is.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: Template | None, train_on: TrainOn, ghost_attention: bool
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: Template | None,
+        train_on: TrainOn,
+        ghost_attention: bool,
+        train_control_tokens: bool = True,
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.train_on, self.ghost_attention = train_on, ghost_attention
+        self.train_control_tokens = train_control_tokens
         have = control_ids(tokenizer)
         # an optional one that the tokenizer lacks is refused when a conversation needs it; a tag is then plain text
         self._lacks = tuple(n for n in (template.optional if template else ()) if n not in have)
@@ -79,6 +86,8 @@ class Mask:
                     kind="empty_side",
                 )
             targets = list(self._targets(self._pieces(messages, where, example.tools), weights))
+            if example.is_preference and not self.train_control_tokens:
+                targets = [(piece, 0.0 if self._is_control(piece) else weight) for piece, weight in targets]
             if not any(weight and piece.text for piece, weight in targets):  # as where an answer is only quoted
                 raise self._nothing(where)
             branches.append(tuple(self._joined(targets, len(example.prompt) if example.is_preference else None)))
@@ -98,6 +107,9 @@ class Mask:
             owner = piece.message if self.train_on == "all" else piece.owner
             yield piece, 0.0 if owner is None else weights[owner]
 
+    def _is_control(self, piece: Piece) -> bool:
+        return piece.control and piece.text not in self._as_text
+
     def _joined(self, targets: Iterable[Target], completion: int | None = None) -> list[Target]:
         """Neighbouring texts of one owner and weight as one, which is tokenised whole.
 
@@ -105,7 +117,7 @@ class Mask:
         """
         out: list[Target] = []
         for piece, weight in targets:
-            if piece.text in self._as_text and piece.control:
+            if piece.control and not self._is_control(piece):
                 piece = piece._replace(control=False)
             if out and not piece.control and piece.lead is None:
                 last, other = out[-1]

@@ -37,6 +37,7 @@ class Renderer:
         overlong: what happens to a longer one.
         parse_control_tokens: whether raw text may hold control tokens, as pre-templated files do.
         ghost_attention: whether a system instruction is to reach through all turns (see `tuner.data.ghost`).
+        train_control_tokens: whether control tokens of compared answers are trained, as their text is.
 
     Raises:
         ModelError: the tokenizer is slow, or lacks BOS or a control token of the template.
@@ -51,6 +52,7 @@ class Renderer:
         overlong: Overlong = "error",
         parse_control_tokens: bool = False,
         ghost_attention: bool = False,
+        train_control_tokens: bool = True,
     ) -> None:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.max_length, self.overlong, self.parse_control_tokens = max_length, overlong, parse_control_tokens
@@ -62,7 +64,7 @@ class Renderer:
         terminators = template.terminators if template else ()
         for name in template.control if template else (BOS, EOS):
             self._id(name)
-        self._mask = Mask(tokenizer, template, train_on, ghost_attention)
+        self._mask = Mask(tokenizer, template, train_on, ghost_attention, train_control_tokens)
         self.terminator_ids = tuple(dict.fromkeys(self._control[n] for n in terminators if n in self._control))
         ends = [*self.terminator_ids, *([self._control[EOS]] if EOS in self._control else [])]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
@@ -260,7 +262,8 @@ class Renderer:
         trunk = [(run, 0.0) for run, _ in parts[0][: starts[0]]]
         branches = [branch[start:] for branch, start in zip(parts, starts, strict=True)]
         if _alike(branches):  # though their texts differ
-            raise _Unusable(*same_answers(where).args, kind="same_completions")
+            error = same_answers(where)
+            raise _Unusable(str(error), error.kind)
         room = self.max_length - _length(trunk)
         longest = max(map(_length, branches))
         if longest <= room:

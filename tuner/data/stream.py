@@ -79,6 +79,7 @@ def make_renderer(data: DataSection, tokenizer: PreTrainedTokenizerFast, templat
         data.overlong,
         data.parse_control_tokens,
         data.ghost_attention,
+        data.train_control_tokens,
     )
 
 
@@ -119,7 +120,7 @@ def load_split(
         lost = "; ".join(report.lines()[len(sources) :]) or "no sources"
         raise DataError(f"no usable rows in {names}: {lost}")
     chats, ends = any(part.num_chats for part in parts), renderer.terminator_ids
-    if chats and not any(part.block.trains_any(ends) for part in parts):
+    if data.train_control_tokens and chats and not any(part.block.trains_any(ends) for part in parts):
         raise DataError(
             f"no trained answer in {names} has its terminator ({', '.join(template.terminators if template else ())}), "
             "so the model would never learn to stop; raise data.max_length, or use another data.chat_template"

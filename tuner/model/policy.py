@@ -66,16 +66,16 @@ class Policy(nn.Module):
             head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
         return head.weight
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, *, collision: bool = False) -> Tensor:
         """Log-probability of each target of the batch, natural logarithms.
 
         Returns:
-            `[M]` float32.
+            `[M]` float32; with `collision` `[2, M]`, the second row log Σ_v p(v)² of each prediction, without gradient.
         """
         with torch.autocast(batch.input_ids.device.type, self.compute_dtype, enabled=self._autocast):
             hidden = self.hidden_states(batch)
         picked = hidden.index_select(0, batch.predict_at).to(self.compute_dtype)
-        return self._token_logps(picked, self.head_weight(), batch.targets)
+        return self._token_logps(picked, self.head_weight(), batch.targets, collision=collision)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last hidden state at every position of the row, `[N, H]`."""

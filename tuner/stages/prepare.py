@@ -266,7 +266,8 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     say("data", found.train.report.lines())
     if found.held_out:
         say("held out", found.held_out.report.lines())
-    ends = found.renderer.terminator_ids if recipe.data.train_on != "all" else ()
+    taught = recipe.data.train_on != "all" and recipe.data.train_control_tokens
+    ends = found.renderer.terminator_ids if taught else ()
     held_out = found.held_out.tokens if isinstance(recipe.data.eval, tuple) and found.held_out else None
     say("check", brief(found.train.tokens, held_out, bos=found.tokenizer.bos_token_id, terminators=ends))
     template = found.template.name if found.template else "none (raw text)"

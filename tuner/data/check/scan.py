@@ -174,7 +174,8 @@ class Scanner:
         if fault := next(filter(None, (self._fault(one) for one in samples)), ""):
             found("unfit", fault.removeprefix("the row "))
             samples = []
-        ends = () if content.is_text(example) else self.whole.terminator_ids
+        taught = self.data.train_control_tokens and not content.is_text(example)
+        ends = self.whole.terminator_ids if taught else ()
         ledger.chats += bool(ends and samples)
         ledger.some_end = ledger.some_end or any(np.isin(run, ends).any() for s in samples for run in _trained(s))
         self._look_at_ids(samples, ends, cut, found)
