@@ -14,6 +14,7 @@ from tuner.errors import RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
 from tuner.losses.unpaired import kl_estimate, mismatches
+from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
@@ -292,7 +293,7 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
+        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
         reference = make_reference(recipe, machine, data, model.policy, console) if "reference" in loss.needs else None
         session = prepare.session(recipe, machine, data, opened, model, stage_of(recipe, loss, reference), console)
         summary = session.train(opened.checkpoint)
