@@ -17,6 +17,7 @@ from tuner.data.templates import TEMPLATES
 from tuner.errors import DataError
 from tuner.recipe import DataSection
 from tuner.recipe.schema import TrainSection
+from tuner.types import Span
 
 Write = Callable[..., str]
 Row = dict[str, Any]
@@ -177,3 +178,23 @@ def test_answers_that_all_have_one_label(tokenizer: PreTrainedTokenizerFast, wri
     assert looked_at(tokenizer, write(rows))["one_label"] == ("warning", 6, [])
     assert "one_label" not in looked_at(tokenizer, write([*rows, rows[0] | {"prompt": "z", "label": False}]))
     assert "one_label" not in looked_at(tokenizer, write(GOOD))
+
+
+def test_control_tokens_left_out_stay_where_they_are(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
+    """Terminators of every turn of an answer; headers never count. The cache tells the two settings apart."""
+    answer = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "b"},
+    ]
+    asked = [{"role": "user", "content": "q"}]
+    path = write([{"prompt": asked, "chosen": answer, "rejected": [{"role": "assistant", "content": "c"}]}])
+    (whole,), (without,) = (load(tokenizer, path, train_control_tokens=on).tokens for on in (True, False))
+    assert whole.ids() == without.ids()
+
+    def trained(branch: tuple[Span, ...]) -> list[str]:
+        return [tokenizer.decode(span.ids) for span in branch if span.trained]
+
+    assert [trained(b) for b in whole.branches] == [["a<|eot_id|>", "b<|eot_id|>"], ["c<|eot_id|>"]]
+    assert [trained(b) for b in without.branches] == [["a", "b"], ["c"]]
+    assert looked_at(tokenizer, path, train_control_tokens=False) == {}
