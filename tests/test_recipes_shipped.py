@@ -26,6 +26,8 @@ EXPECTED = {
     "llama3.1-8b-qlora",
     "llama3.2-1b-full",
     "pref",
+    "kto",
+    "llama3.1-8b-dpo",
 }
 STAGES = {"sft": sft.run, "dpo": dpo.run}
 
@@ -68,7 +70,7 @@ def test_recipes_for_real_models_ask_for_data_and_take_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(recipes.RecipeError, match=r"data\.train.*'data/my-chats\.jsonl' is not there"):
+    with pytest.raises(recipes.RecipeError, match=r"data\.train.*'data/my-(chats|pairs)\.jsonl' is not there"):
         recipes.load(FOLDER / f"{name}.yaml")
     (tmp_path / "mine.jsonl").touch()
     recipe = recipes.load(FOLDER / f"{name}.yaml", ["data.train=mine.jsonl"])

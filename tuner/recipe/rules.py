@@ -224,6 +224,7 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
     idle: dict[str, str] = {}
     if recipe.stage != "dpo":
         idle |= dict.fromkeys(("reference.model", "reference.cache"), "only `tuner dpo` compares with a reference")
+        idle["data.train_control_tokens"] = "only `tuner dpo` may leave them out: without them nothing teaches to stop"
     if recipe.stage == "reward":
         reason = "a reward model writes no text"
         idle |= {f"generate.{key}": reason for key in SECTIONS["generate"].model_fields}

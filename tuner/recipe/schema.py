@@ -160,6 +160,11 @@ class DataSection(Section):
     ghost_attention: bool = Field(
         False, description="A system instruction holds through all turns: said once, and only the last answer trained."
     )
+    train_control_tokens: bool = Field(
+        True,
+        description="Control tokens of the answers (terminators, tool tags) count in their log-probs; false leaves "
+        "them out (arXiv 2407.21783, 4.1.4).",
+    )
     parse_control_tokens: bool = Field(
         False, description="Read control tokens spelt in `text` rows as such: for pre-templated files you trust."
     )

@@ -22,6 +22,7 @@ from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entr
 from tuner.data.check import check
 from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
+from tuner.data.fit import Fit
 from tuner.data.formats import Kind
 from tuner.data.render import Renderer
 from tuner.data.report import place
@@ -54,6 +55,7 @@ from tuner.model.load import (
 from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
+from tuner.stages.rows import accepted
 from tuner.train.loop import Stage
 from tuner.train.metrics import tracker_classes
 from tuner.train.session import Session
@@ -199,20 +201,26 @@ def _hash_questions(questions: Sequence[Question]) -> str:
     return hashlib.sha256(repr(questions).encode()).hexdigest() if questions else "none"
 
 
-def data(recipe: Recipe, devices: Devices, console: Console, accepts: Sequence[Kind] = ("chat", "text")) -> Data:
+def data(
+    recipe: Recipe,
+    devices: Devices,
+    console: Console,
+    accepts: Sequence[Kind] = ("chat", "text"),
+    fit: Fit | None = None,
+) -> Data:
     """Reads, renders and plans; prints what was found, and every row that was left out.
 
-    `accepts` are the kinds of rows that the stage can use.
+    `accepts` are the kinds of rows that the stage can use, and `fit` is what its loss reads of each.
     """
     section, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
     template = choose_template(section.train, section, tokenizer)
-    split = load_split(section.train, section, tokenizer, template, seed=train.seed, accepts=accepts)
+    split = load_split(section.train, section, tokenizer, template, seed=train.seed, accepts=accepts, fit=fit)
     held_out: Split | None = None
     if isinstance(section.eval, float):
         split, held_out = holdout(split, section.eval)
     elif section.eval:
-        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed, accepts=accepts)
+        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed, accepts=accepts, fit=fit)
     questions = read_questions(recipe.eval.questions) if recipe.eval.questions else ()
     assert isinstance(train.microbatch_tokens, int)
     plan = Plan(
@@ -236,12 +244,15 @@ def data(recipe: Recipe, devices: Devices, console: Console, accepts: Sequence[K
 def check_data(recipe: Recipe) -> CheckReport:
     """What is wrong with the data of a recipe, and what training would make of it on this machine."""
     devices, data, train = find_devices(), recipe.data, recipe.train
+    accepts, fit = accepted(recipe)
     return check(
         data,
         train,
         load_tokenizer(recipe.model.name_or_path, recipe.model.revision),
         microbatch_tokens=resolve_microbatch(train.microbatch_tokens, devices.device, data.max_length),
         world_size=devices.world_size,
+        accepts=accepts,
+        fit=fit,
     )
 
 
@@ -255,7 +266,8 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     say("data", found.train.report.lines())
     if found.held_out:
         say("held out", found.held_out.report.lines())
-    ends = found.renderer.terminator_ids if recipe.data.train_on != "all" else ()
+    taught = recipe.data.train_on != "all" and recipe.data.train_control_tokens
+    ends = found.renderer.terminator_ids if taught else ()
     held_out = found.held_out.tokens if isinstance(recipe.data.eval, tuple) and found.held_out else None
     say("check", brief(found.train.tokens, held_out, bos=found.tokenizer.bos_token_id, terminators=ends))
     template = found.template.name if found.template else "none (raw text)"

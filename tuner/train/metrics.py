@@ -139,11 +139,11 @@ class Metrics:
             name: sum(r.losses[name] * r.trained_tokens for r in done) / trained if done else math.nan
             for name in window[0].losses
         }
-        names = done[0].metrics if done else {}
+        names = dict.fromkeys(name for r in done for name in r.metrics)  # of a step that lacks one, it says nothing
         values: dict[str, Any] = {
             "loss": sum(losses.values()),
             **({} if len(losses) == 1 else losses),
-            **{name: sum(r.metrics[name] * r.trained_tokens for r in done) / trained for name in names},
+            **{name: _mean([(r.metrics[name], r.trained_tokens) for r in done if name in r.metrics]) for name in names},
             "learning_rate": window[-1].learning_rate,
             "grad_norm": window[-1].grad_norm,
             "tokens": sum(r.tokens for r in window),
@@ -160,3 +160,8 @@ class Metrics:
     def _track(self, values: dict[str, Any], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(values, step=step)
+
+
+def _mean(weighted: Sequence[tuple[float, float]]) -> float:
+    """The mean of values with weights."""
+    return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)
