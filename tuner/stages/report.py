@@ -73,8 +73,9 @@ def preference_report(summary: Mapping[str, Any], pairs: int, prompts: int) -> l
     if length_explains(share, longer, pairs):
         rule, right = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         lines.append(
-            f"warning  the {rule} answer is the chosen one in {right:.1%} of the held-out pairs, so this accuracy may be "
-            "one of length alone; balance the lengths of the pairs, or set loss.length_normalized or loss.length_penalty"
+            f"warning  the {rule} answer is the chosen one in {right:.1%} of the held-out pairs, so this accuracy may "
+            "be one of length alone; balance the lengths of the pairs, or choose a loss that divides by length "
+            "(loss.length_normalized: true, or simpo)"
         )
     return lines + [line for sample in summary.get("answers", ()) for line in _sample(sample)]
 
@@ -83,29 +84,28 @@ def _rows(before: Values, after: Values) -> list[tuple[str, str, str, str]]:
     """`(name, before, after, baseline)` of each measure that there is."""
     has_reference = "eval_reference_loss" in after
     longer = after["eval_length_accuracy"]
-    by_length = f"{max(longer, 1 - longer):.1%} if the {'longer' if longer >= 0.5 else 'shorter'} answer wins"
-    reward = "log-ratio to the reference" if has_reference else "log-prob a token"
-    rewards = "log-ratios" if has_reference else "log-probs a token"
-    zero = "0 is the reference" if has_reference else ""
+    by_length = f"{max(longer, 1 - longer):.1%} the {'longer' if longer >= 0.5 else 'shorter'} answer"
+    reward = "log-ratio" if has_reference else "log-prob a token"
+    zero = "0 the reference" if has_reference else ""
 
-    def reference(key: str, places: int) -> str:
-        return f"{after[key]:.{places}f} of the reference" if has_reference else ""
+    def reference(key: str, form: str) -> str:
+        return f"{form.format(after[key])} the reference" if key in after else ""
 
     def length(key: str) -> str:
-        return f"{after[key]:+.2f} of being preferred, with length" if key in after else ""
+        return f"{after[key]:+.2f} being chosen (1 or 0) and length" if key in after else ""
 
     table = [
-        ("loss", "loss", "{:.4f}", reference("eval_reference_loss", 4)),
-        ("accuracy (a tie is half right)", "accuracy", "{:.1%}", f"50.0% by chance, {by_length}"),
-        (f"margin between the {rewards}", "margin", "{:+.2f}", zero),
-        (f"chosen answers: {reward}", "chosen_reward", "{:+.2f}", zero),
-        (f"rejected answers: {reward}", "rejected_reward", "{:+.2f}", zero),
-        ("chosen answers: log-prob", "chosen_logp", "{:.2f}", reference("eval_chosen_reference_logp", 2)),
-        ("rejected answers: log-prob", "rejected_logp", "{:.2f}", reference("eval_rejected_reference_logp", 2)),
+        ("loss", "loss", "{:.4f}", reference("eval_reference_loss", "{:.4f}")),
+        ("accuracy, ties half", "accuracy", "{:.1%}", f"50.0% chance; {by_length}"),
+        (f"margin ({reward})", "margin", "{:+.2f}", zero),
+        (f"chosen: {reward}", "chosen_reward", "{:+.2f}", zero),
+        (f"rejected: {reward}", "rejected_reward", "{:+.2f}", zero),
+        ("chosen: log-prob", "chosen_logp", "{:.2f}", reference("eval_chosen_reference_logp", "{:.2f}")),
+        ("rejected: log-prob", "rejected_logp", "{:.2f}", reference("eval_rejected_reference_logp", "{:.2f}")),
         ("correlation of reward and length", "reward_length", "{:+.2f}", length("eval_preferred_length")),
         ("KL to the reference, nats an answer", "kl", "{:.2f}", zero),
-        ("tokens an answer", "answer_tokens", "{:.1f}", f"{after['eval_chosen_tokens']:.1f} in the chosen ones"),
-        ("answers that stopped by themselves", "answers_stopped", "{:.1%}", ""),
+        ("tokens an answer", "answer_tokens", "{:.1f}", f"{after['eval_chosen_tokens']:.1f} the chosen answers"),
+        ("answers that stop by themselves", "answers_stopped", "{:.1%}", ""),
     ]
     return [
         (name, _cell(before, f"eval_{key}", form), _cell(after, f"eval_{key}", form), baseline)

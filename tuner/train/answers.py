@@ -1,9 +1,9 @@
 """Held-out prompts -> what the policy answers: how far it went from its reference, how long it speaks, and samples.
 
 The answers that are measured are drawn at temperature 1 from the whole vocabulary, so from the policy itself. Then the
-mean of log π(y|x) - log π_ref(y|x) over them estimates KL(π || π_ref) without bias: k1 of J. Schulman, "Approximating KL
-Divergence" (2020). His k3, which is never negative, varies less only where the two are close: it has π_ref/π in it,
-which is huge for a token that training made rare, and which is almost never drawn. So it is k1, and its standard error.
+mean of log π(y|x) - log π_ref(y|x) over them estimates KL(π || π_ref) without bias (k1 of J. Schulman, "Approximating
+KL Divergence", 2020). His k3, which is never negative, varies less only where the two are close: it has π_ref/π in it,
+which is huge for a token that training made rare, and so almost never drawn. A standard error stands beside the mean.
 """
 
 from __future__ import annotations
@@ -159,6 +159,6 @@ class Answers:
         """The last turn of a prompt: what stands between its last control tokens, the header of the answer apart."""
         text = self.tokenizer.decode(list(prompt.ids), clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        control = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
-        parts = [part for p in re.split(control, text) if (part := p.strip())] if control else [text]
-        return next((part for part in reversed(parts) if part != "assistant"), text)
+        control = [re.escape(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        parts = [part.strip() for part in re.split("|".join(control), text)] if control else [text]
+        return next((part for part in reversed(parts) if part not in ("", "assistant")), text)

@@ -111,7 +111,7 @@ class Session:
     def _train(self) -> None:
         if not self.progress.history.get("before"):
             self.progress.history["before"] = self._evaluate("before")
-            if self.answers:
+            if self.answers and self.answers.shown:
                 self.progress.history["answers"] = self.answers.greedy()
         self._stop_if_told()
         self.metrics.start(self.progress.step)
@@ -156,7 +156,7 @@ class Session:
             "after": after,
             "best_step": self.progress.best_step,
         }
-        if self.answers:
+        if self.answers and self.answers.shown:
             before = self.progress.history.get("answers", ())
             summary["answers"] = self.answers.beside(before, self.answers.greedy())
         if self.run:
