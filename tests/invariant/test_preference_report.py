@@ -239,9 +239,9 @@ def test_measures_are_those_of_plain_transformers(name: str, make_model: Callabl
         "rejected_logp": logps[:, 1].mean(),
         "chosen_tokens": lengths[:, 0].mean(),
         "rejected_tokens": lengths[:, 1].mean(),
-        "length_accuracy": ((lengths[:, 0] > lengths[:, 1]) + 0.5 * (lengths[:, 0] == lengths[:, 1])).mean(),
-        "reward_length": np.corrcoef(rewards.flatten(), lengths.flatten())[0, 1],
-        "preferred_length": np.corrcoef([1, 0] * 6, lengths.flatten())[0, 1],
+        "longer_is_better": ((lengths[:, 0] > lengths[:, 1]) + 0.5 * (lengths[:, 0] == lengths[:, 1])).mean(),
+        "reward_length_correlation": np.corrcoef(rewards.flatten(), lengths.flatten())[0, 1],
+        "preferred_length_correlation": np.corrcoef([1, 0] * 6, lengths.flatten())[0, 1],
     }
     if name != "simpo":
         wanted |= {
@@ -262,7 +262,7 @@ def test_the_log_and_the_manifest_hold_the_same_numbers(pref: Path, tmp_path: Pa
     assert [{k: v for k, v in row.items() if k != "step"} for row in logged] == [summary["before"], summary["after"]]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]
     assert manifest == summary
-    assert "eval_reward_length" not in summary["before"], "log-ratios of 0 are correlated with nothing"
+    assert "eval_reward_length_correlation" not in summary["before"], "log-ratios of 0 are correlated with nothing"
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     after = summary["after"]
     assert after["eval_chosen_reward"] == pytest.approx(
@@ -325,8 +325,8 @@ BEFORE = {
     "eval_rejected_reference_logp": -30.0,
     "eval_reference_loss": 0.6931,
     "eval_chosen_tokens": 11.0,
-    "eval_length_accuracy": 0.4,
-    "eval_preferred_length": -0.2,
+    "eval_longer_is_better": 0.4,
+    "eval_preferred_length_correlation": -0.2,
     "eval_kl": 0.0,
     "eval_kl_error": 0.0,
     "eval_answer_tokens": 9.5,
@@ -340,7 +340,7 @@ AFTER = BEFORE | {
     "eval_rejected_reward": -7.0,
     "eval_chosen_logp": -22.0,
     "eval_rejected_logp": -37.0,
-    "eval_reward_length": -0.3,
+    "eval_reward_length_correlation": -0.3,
     "eval_kl": 4.25,
     "eval_kl_error": 0.5,
 }
@@ -378,7 +378,7 @@ def test_a_loss_without_a_reference_is_shown_without_one() -> None:
 
 @pytest.mark.parametrize(("share", "longer", "rule"), [(1.0, 1.0, "longer"), (0.62, 0.4, "shorter"), (0.9, 0.4, None)])
 def test_an_accuracy_of_length_alone_is_said_aloud(share: float, longer: float, rule: str | None) -> None:
-    after = AFTER | {"eval_accuracy": share, "eval_length_accuracy": longer}
+    after = AFTER | {"eval_accuracy": share, "eval_longer_is_better": longer}
     warnings = [
         line for line in preference_report({"before": BEFORE, "after": after}, 400, 64) if line.startswith("warning")
     ]
@@ -394,7 +394,7 @@ def test_pairs_that_differ_by_length_alone_are_warned_of(
         rows = [{"prompt": f"say {i}", "chosen": "one two three four " * 2, "rejected": "one two"} for i in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     after = run(pref, tmp_path / "run")["after"]
-    assert after["eval_length_accuracy"] == 1.0
+    assert after["eval_longer_is_better"] == 1.0
     assert "warning  the longer answer is the chosen one in 100.0%" in capsys.readouterr().out
 
 

@@ -44,16 +44,16 @@ def check_against_length() -> None:
         {
             "chosen_tokens": 11 / 3,
             "rejected_tokens": 16 / 3,
-            "length_accuracy": 0.5,  # one longer, one tie, one shorter
-            "reward_length": np.corrcoef([2, 1, 0, 3, 1, -1], [5, 3, 4, 4, 2, 9])[0, 1],
-            "preferred_length": np.corrcoef([1, 0, 1, 0, 1, 0], [5, 3, 4, 4, 2, 9])[0, 1],
+            "longer_is_better": 0.5,  # one longer, one tie, one shorter
+            "reward_length_correlation": np.corrcoef([2, 1, 0, 3, 1, -1], [5, 3, 4, 4, 2, 9])[0, 1],
+            "preferred_length_correlation": np.corrcoef([1, 0, 1, 0, 1, 0], [5, 3, 4, 4, 2, 9])[0, 1],
         }
     )
 
 
 def test_lengths_of_answers_and_their_rewards() -> None:
     check_against_length()
-    assert "reward_length" not in against_length(REWARDS * 0, TOKENS)
+    assert "reward_length_correlation" not in against_length(REWARDS * 0, TOKENS)
 
 
 def test_mutant_lengths_of_the_other_side(monkeypatch: pytest.MonkeyPatch) -> None:

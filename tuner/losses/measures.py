@@ -41,19 +41,19 @@ def against_length(rewards: Tensor, tokens: Tensor, noise: float = 0.0) -> dict[
         rewards, tokens: of P pairs, `[P, 2]`: the chosen answer first. noise: as in `correlation`.
 
     Returns:
-        `chosen_tokens`, `rejected_tokens`: means. `length_accuracy`: of the rule that the longer answer wins, ties
-        half. `reward_length`: correlation of reward and length over all 2P answers; `preferred_length`: of being
-        preferred (1 or 0) and length, its baseline. A correlation that is undefined is left out.
+        `chosen_tokens`, `rejected_tokens`: means. `longer_is_better`: the share of pairs whose chosen answer is the
+        longer one, ties half; so the accuracy of that rule. `reward_length_correlation`: over all 2P answers; and its
+        baseline `preferred_length_correlation`, of being the chosen one (1 or 0). What is undefined is left out.
     """
     preferred = torch.tensor([1.0, 0.0]).expand_as(tokens)
     correlations = {
-        "reward_length": correlation(rewards.flatten(), tokens.flatten(), noise),
-        "preferred_length": correlation(preferred.flatten(), tokens.flatten()),
+        "reward_length_correlation": correlation(rewards.flatten(), tokens.flatten(), noise),
+        "preferred_length_correlation": correlation(preferred.flatten(), tokens.flatten()),
     }
     return {
         "chosen_tokens": float(tokens[:, 0].double().mean()),
         "rejected_tokens": float(tokens[:, 1].double().mean()),
-        "length_accuracy": float(accuracy(tokens[:, 0], tokens[:, 1]).mean()),
+        "longer_is_better": float(accuracy(tokens[:, 0], tokens[:, 1]).mean()),
     } | {name: value for name, value in correlations.items() if value is not None}
 
 

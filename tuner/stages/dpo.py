@@ -16,6 +16,7 @@ from tuner.losses import preference
 from tuner.losses.bound import Bound
 from tuner.losses.measures import against_length
 from tuner.losses.reward import accuracy
+from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
@@ -220,7 +221,7 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
+        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
         reference, live = None, None
         if "reference" in loss.needs:
             reference, live = make_reference(recipe, machine, data, model.policy, console)

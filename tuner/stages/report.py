@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tuner.losses.measures import length_explains
+from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages.prepare import Data, Machine, Model
 from tuner.train.answers import Answers, choose_prompts
@@ -19,7 +20,7 @@ def make_answers(
     recipe: Recipe,
     machine: Machine,
     data: Data,
-    model: Model,
+    model: Model[Policy],
     reference: Callable[[Batch], Tensor] | None,
     console: Console,
 ) -> Answers | None:
@@ -27,7 +28,7 @@ def make_answers(
     ev, new = recipe.eval, recipe.generate.max_new_tokens
     if not data.held_out or not (ev.prompts or ev.samples):
         return None
-    room = model.policy.causal_lm.config.max_position_embeddings - new
+    room = model.policy.inner.config.max_position_embeddings - new
     prompts, too_long = choose_prompts(data.held_out.tokens, max(ev.prompts, ev.samples), room, recipe.train.seed)
     if too_long:
         console.print(
@@ -69,7 +70,7 @@ def preference_report(summary: Mapping[str, Any], pairs: int, prompts: int) -> l
     for name, *numbers, baseline in rows:
         cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
         lines.append(f"         {name:<{widths[0]}}  {cells}   {baseline}".rstrip())
-    share, longer = after["eval_accuracy"], after["eval_length_accuracy"]
+    share, longer = after["eval_accuracy"], after["eval_longer_is_better"]
     if length_explains(share, longer, pairs):
         rule, right = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
         lines.append(
@@ -83,7 +84,7 @@ def preference_report(summary: Mapping[str, Any], pairs: int, prompts: int) -> l
 def _rows(before: Values, after: Values) -> list[tuple[str, str, str, str]]:
     """`(name, before, after, baseline)` of each measure that there is."""
     has_reference = "eval_reference_loss" in after
-    longer = after["eval_length_accuracy"]
+    longer = after["eval_longer_is_better"]
     by_length = f"{max(longer, 1 - longer):.1%} the {'longer' if longer >= 0.5 else 'shorter'} answer"
     reward = "log-ratio" if has_reference else "log-prob a token"
     zero = "0 the reference" if has_reference else ""
@@ -102,7 +103,12 @@ def _rows(before: Values, after: Values) -> list[tuple[str, str, str, str]]:
         (f"rejected: {reward}", "rejected_reward", "{:+.2f}", zero),
         ("chosen: log-prob", "chosen_logp", "{:.2f}", reference("eval_chosen_reference_logp", "{:.2f}")),
         ("rejected: log-prob", "rejected_logp", "{:.2f}", reference("eval_rejected_reference_logp", "{:.2f}")),
-        ("correlation of reward and length", "reward_length", "{:+.2f}", length("eval_preferred_length")),
+        (
+            "correlation of reward and length",
+            "reward_length_correlation",
+            "{:+.2f}",
+            length("eval_preferred_length_correlation"),
+        ),
         ("KL to the reference, nats an answer", "kl", "{:.2f}", zero),
         ("tokens an answer", "answer_tokens", "{:.1f}", f"{after['eval_chosen_tokens']:.1f} the chosen answers"),
         ("answers that stop by themselves", "answers_stopped", "{:.1%}", ""),
