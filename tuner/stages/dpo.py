@@ -13,11 +13,14 @@ from torch import Tensor
 from tuner.errors import RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
+from tuner.losses.measures import against_length
+from tuner.losses.reward import accuracy
 from tuner.losses.unpaired import kl_estimate, mismatches
 from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
+from tuner.stages.report import make_answers, preference_report
 from tuner.stages.rows import fit_of
 from tuner.stages.sft import report
 from tuner.types import Batch, Pairs, Scored, Span, Tokens, Unpaired
@@ -84,7 +87,24 @@ class DPO:
             return sums | measure(pairs)
 
     def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
-        return {}
+        """Mean log-probs of an answer in nats, the reference's too, and its loss; and what length has to do with it.
+
+        Log-ratios that are all 0, as before the first step, are correlated with nothing.
+        """
+        pairs = self._pairs(scores, constants)
+        sides = {"chosen": pairs.chosen, "rejected": pairs.rejected}
+        values = {f"{name}_logp": float(side.policy.double().mean()) for name, side in sides.items()}
+        noise = 0.0
+        if self.reference is not None:
+            given = {name: side.reference for name, side in sides.items() if side.reference is not None}
+            values |= {f"{name}_reference_logp": float(logps.double().mean()) for name, logps in given.items()}
+            if "collision" not in self.loss.needs:  # which only the policy gives
+                sums = self.whole_losses(constants[:, 2 : 2 + scores.shape[1]], constants)  # as if it were the policy
+                counts = self.loss.denominators(len(scores), float(constants[:, CHOSEN].sum()))
+                values["reference_loss"] = sum(float(sums[term]) / count for term, count in counts.items())
+            noise = ROUNDING * float(scores.abs().mean())
+        rewards = torch.stack([_reward(side) for side in sides.values()], dim=1)
+        return values | against_length(rewards, constants[:, :2], noise)
 
     @property
     def _learned(self) -> tuple[str, ...]:
@@ -199,14 +219,14 @@ def _head(spans: Sequence[Span], length: int) -> tuple[Span, ...]:
 
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+ROUNDING = 1e-6  # of a sum of log-probs in float32, relative
 
 
 def measure(pairs: Pairs) -> dict[str, Tensor]:
     """The metrics of pairs, summed."""
     chosen, rejected = (_reward(side) for side in (pairs.chosen, pairs.rejected))
-    better = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
     return {
-        "accuracy": better.sum(),
+        "accuracy": accuracy(chosen, rejected).sum(),
         "margin": (chosen - rejected).sum(),
         "chosen_reward": chosen.sum(),
         "rejected_reward": rejected.sum(),
@@ -294,9 +314,17 @@ def run(
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
         model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
-        reference = make_reference(recipe, machine, data, model.policy, console) if "reference" in loss.needs else None
-        session = prepare.session(recipe, machine, data, opened, model, stage_of(recipe, loss, reference), console)
+        reference, live = None, None
+        if "reference" in loss.needs:
+            reference, live = make_reference(recipe, machine, data, model.policy, console)
+        answers = make_answers(recipe, machine, data, model, live, console)
+        stage = stage_of(recipe, loss, reference)
+        session = prepare.session(recipe, machine, data, opened, model, stage, console, answers)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
+        if data.held_out:
+            measured = len(answers.measured) if answers else 0
+            for line in preference_report(summary, len(data.held_out.tokens), measured):
+                console.print(line)
         report(recipe, summary, console)
     return summary

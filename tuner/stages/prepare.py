@@ -56,6 +56,7 @@ from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
 from tuner.stages.rows import accepted
+from tuner.train.answers import Answers
 from tuner.train.loop import Stage
 from tuner.train.metrics import tracker_classes
 from tuner.train.session import Session
@@ -481,7 +482,14 @@ def _print_model(recipe: Recipe, policy: Backbone, fused: Mapping[str, int], con
 
 
 def session(
-    recipe: Recipe, machine: Machine, data: Data, opened: Opened, model: Model[Any], stage: Stage, console: Console
+    recipe: Recipe,
+    machine: Machine,
+    data: Data,
+    opened: Opened,
+    model: Model[Any],
+    stage: Stage,
+    console: Console,
+    answers: Answers | None = None,
 ) -> Session:
     """The run of a stage, ready to train."""
     return Session(
@@ -498,4 +506,5 @@ def session(
         tokenizer=data.tokenizer,
         save_result=model.save_result,
         console=console,
+        answers=answers,
     )

@@ -19,6 +19,7 @@ from tuner.errors import RecipeError
 from tuner.registry import did_you_mean
 from tuner.train.loop import StepReport
 
+SHOWN = ("accuracy", "margin")  # metrics of a step that stand beside its loss
 LINES = 20  # printed over a whole run where there is no terminal to draw a bar on
 
 
@@ -110,8 +111,9 @@ class Metrics:
         self._bar.update(self._task, completed=step, loss=loss, speed=speed)
         if not self._console.is_terminal and (step % self._print_every == 0 or step == self._num_steps):
             left = (self._num_steps - step) * (time.perf_counter() - self._started) / (step - self._first)
+            shown = "".join(f"{name} {report.metrics[name]:.2f}  " for name in SHOWN if name in report.metrics)
             self._console.print(
-                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
+                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  {shown}"
                 f"lr {report.learning_rate:.2e}  {speed:,.0f} tok/s  ETA {left:.0f} s",
             )
         if step % self._every == 0 or step == self._num_steps:
