@@ -189,7 +189,7 @@ def test_mutants_that_skip_without_looking(
         monkeypatch.setattr(merge, "changes", lambda *_, **__: [])
     else:
         monkeypatch.setattr(standings, "_damaged", lambda *_: ())
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, UserError)):  # or the next stage misses what is lost
         check_changes(align, tmp_path, lambda: capsys.readouterr().out)
 
 
@@ -251,7 +251,7 @@ def test_a_signal_while_it_merges_says_how_to_go_on(align: Path) -> None:
     done = killed("merge", 1, 15, str(align))
     assert done.returncode == 143
     assert done.stdout.endswith(f"stopped  `tuner run {align}` again continues\n")
-    assert done.stderr == "error: stage 3 of 3 (merge): stopped by SIGTERM; what existed before is intact\n"
+    assert done.stderr.endswith("error: stage 3 of 3 (merge): stopped by SIGTERM; what existed before is intact\n")
 
 
 def test_a_failure_names_its_stage_and_keeps_what_it_would_replace(
@@ -344,7 +344,8 @@ def test_full_weights_feed_the_model_of_a_later_stage(
     align: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = align.read_text().replace("adapter: {path: $first}", "model: {name_or_path: $first}")
-    align.write_text(text + "  - {name: again, run: dpo, recipe: pref.yaml, model: {name_or_path: $merge}}\n")
+    again = f"  - {{name: again, run: dpo, recipe: {tmp_path}/pref.yaml, model: {{name_or_path: $merge}}}}\n"
+    align.write_text(text + again)
     template = ["dpo.data.chat_template=auto", "again.data.chat_template=auto"]  # what the first one saves
     loaded = pipelines.load(align, [*FULL, *template])
     module.run(loaded, dry_run=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tuner import recipe as recipes
 from tuner import pipeline as runner
+from tuner import recipe as recipes
 from tuner.recipe import Recipe
 from tuner.recipe import pipeline as pipelines
 from tuner.recipe.pipeline import TrainStage
