@@ -93,6 +93,20 @@ def sft(
 
 
 @app.command()
+def reward(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    allow_drift: AllowDrift = None,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Train a model that gives rewards to answers, on pairs or ranked lists of them."""
+    _train("reward", recipe, overrides, dry_run, resume, overwrite, allow_drift, print_recipe)
+
+
+@app.command()
 def dpo(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,

@@ -142,6 +142,7 @@ class Batch:
     seq_ids: Tensor  # [M] int64; which scored sequence the prediction belongs to
     seq_doc: Tensor  # [S] int64; document of each scored sequence
     seq_branch: Tensor  # [S] int64; branch of each scored sequence
+    seq_end: Tensor  # [S] int64; where in the row its last token is: the terminator, trained or not
     plan: tuple[Segment, ...]  # the attention plan, on the host
     rows: tuple[tuple[str, int], ...] = ()  # [documents] (source, row) for messages to people
     weight_sum: float = 0.0  # sum of weights, worked out on the host

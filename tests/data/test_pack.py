@@ -96,6 +96,7 @@ def test_a_chat_predicts_its_answers_from_the_tokens_before_them() -> None:
     assert batch.weights.tolist() == [1, 1, 0.5] * 2
     assert batch.seq_ids.tolist() == [0, 0, 0, 1, 1, 1]
     assert (batch.seq_doc.tolist(), batch.seq_branch.tolist()) == ([0, 1], [0, 0])
+    assert batch.seq_end.tolist() == [6, 13]
     assert batch.plan == (Segment((0, 7), ((0, 7),)), Segment((7, 14), ((7, 14),)))
     assert batch.weight_sum == 5.0
 
@@ -115,6 +116,7 @@ def test_the_last_trunk_token_predicts_the_start_of_every_branch() -> None:
     assert batch.targets.tolist() == [2, 7, 8, 9, 11]
     assert batch.seq_ids.tolist() == [0, 1, 1, 2, 2]
     assert (batch.seq_doc.tolist(), batch.seq_branch.tolist()) == ([0, 1, 1], [0, 1, 2])
+    assert batch.seq_end.tolist() == [1, 6, 9]
     assert batch.plan[1:] == (
         Segment((2, 5), ((2, 5),)),
         Segment((5, 7), ((2, 5), (5, 7))),
@@ -122,6 +124,14 @@ def test_the_last_trunk_token_predicts_the_start_of_every_branch() -> None:
     )
     assert batch.rows == (("", 0), ("pairs.jsonl", 3))
     assert batch.per_sequence(torch.ones(5)).tolist() == [1, 2, 2]
+
+
+def test_a_sequence_ends_at_its_last_token_whether_it_is_trained_or_not() -> None:
+    quiet = (span([7], True), span([8, 9], False))
+    batch = pack([Tokens((span([0, 5], False),), (quiet, (span([3], True),), quiet)), Tokens((), (quiet,))], multiple=8)
+    assert batch.input_ids.tolist()[:12] == [0, 5, 7, 8, 9, 3, 7, 8, 9, 7, 8, 9]
+    assert batch.seq_branch.tolist() == [1, 2, 3], "nothing predicts the first token of a document"
+    assert batch.seq_end.tolist() == [4, 5, 8]
 
 
 def test_nothing_predicts_the_first_token_of_a_document() -> None:

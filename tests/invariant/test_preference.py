@@ -158,14 +158,14 @@ def test_the_reference_never_moves_and_is_plain_transformers(
     """Its log-probs in every step are those of the checkpoint, row by row, without tuner's packing or attention."""
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     seen: list[tuple[Sequence[Tokens], Tensor]] = []
-    given = DPO._given
+    constants = DPO.constants
 
-    def noted(self: DPO, batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
-        columns = given(self, batch, samples)
-        seen.append((samples, columns["reference"]))
-        return columns
+    def noted(self: DPO, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        table = constants(self, batch, samples)
+        seen.append((samples, table[:, 2:4]))  # after the counts of tokens
+        return table
 
-    monkeypatch.setattr(DPO, "_given", noted)
+    monkeypatch.setattr(DPO, "constants", noted)
     run(pref, tmp_path / "run", *STARTS[kind])
     assert len(seen) >= 4
     for samples, found in seen:
@@ -224,7 +224,7 @@ def test_microbatches_do_not_matter(kind: str, pref: Path, tmp_path: Path) -> No
 
 
 def test_mutant_aot_sorted_within_microbatches(pref: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dpo, "WholeStepDPO", DPO)
+    monkeypatch.setattr(DPO, "whole_step", False)
     for name, split in (("one", "train.microbatch_tokens=100000"), ("alone", "data.packing=false")):
         run(
             pref,

@@ -181,7 +181,7 @@ def test_generation_mode_puts_everything_back(make_model: Make, random_samples: 
     torch.manual_seed(7)
     with policy.generation_mode() as inside:
         assert inside is lm and not lm.training and not torch.is_grad_enabled()
-        assert policy.causal_lm.config._attn_implementation == "sdpa"
+        assert policy.inner.config._attn_implementation == "sdpa"
         torch.rand(100)
         ids = generate(inside, [[0, 30, 31], [0, 40]], stop_ids=[1], pad_id=7, max_new_tokens=4)
     between = policy(batch), torch.rand(3)  # the generator is where it was
@@ -189,10 +189,10 @@ def test_generation_mode_puts_everything_back(make_model: Make, random_samples: 
     for logps, drawn in (between, after):
         assert torch.equal(logps, before[0]) and torch.equal(drawn, before[1])
     assert policy.training is training and lm.training is training and torch.is_grad_enabled()
-    assert policy.causal_lm.config._attn_implementation == policy.attn_implementation == "tuner_varlen"
+    assert policy.inner.config._attn_implementation == policy.attn_implementation == "tuner_varlen"
     with pytest.raises(ZeroDivisionError), policy.generation_mode():
         raise ZeroDivisionError
-    assert policy.causal_lm.config._attn_implementation == "tuner_varlen" and policy.training is training
+    assert policy.inner.config._attn_implementation == "tuner_varlen" and policy.training is training
     prompt = torch.tensor([[0, 30, 31]])
     with policy.generation_mode() as inside:
         assert ids[0][0] == int(inside(input_ids=prompt).logits[0, -1].argmax())

@@ -90,6 +90,7 @@ def pack(samples: Sequence[Tokens], multiple: int = 1) -> Batch:
         seq_ids=torch.from_numpy(seq_ids),
         seq_doc=torch.from_numpy(docs[sequences]),
         seq_branch=torch.from_numpy(branches[sequences]),
+        seq_end=torch.from_numpy((starts + counts)[sequences] - 1),
         plan=plan,
         rows=tuple((s.source, s.row) for s in samples),
         weight_sum=float(weights.astype(np.float64).sum()),

@@ -35,7 +35,7 @@ def centred(ranked: Ranked, *, centring: NonNegative = 0.0) -> Tensor | None:
     if centring == 0:
         return None
     r = ranked.rewards
-    return centring * _mean_over_pairs(ranked, (r[:, :, None] + r[:, None, :]) ** 2)
+    return centring * mean_over_pairs(ranked, (r[:, :, None] + r[:, None, :]) ** 2)
 
 
 def reward_loss(name: str) -> Callable[[Formula], Formula]:
@@ -61,15 +61,20 @@ def reward_loss(name: str) -> Callable[[Formula], Formula]:
     return add
 
 
-def _present(ranked: Ranked) -> Tensor:
+def present(ranked: Ranked) -> Tensor:
     """Which places of the lists hold an answer, `[L, K]`."""
     return torch.arange(ranked.rewards.shape[1], device=ranked.lengths.device) < ranked.lengths[:, None]
 
 
-def _mean_over_pairs(ranked: Ranked, values: Tensor) -> Tensor:
+def pairs_of(ranked: Ranked) -> Tensor:
+    """Which [i, j] of the lists are a pair: both answers are there, and i is the better one; `[L, K, K]`."""
+    there = present(ranked)
+    return (there[:, :, None] & there[:, None, :]).triu(diagonal=1)
+
+
+def mean_over_pairs(ranked: Ranked, values: Tensor) -> Tensor:
     """The mean of `values` `[L, K, K]` over the pairs i < j of each list, `[L]`."""
-    present = _present(ranked)
-    counted = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
+    counted = pairs_of(ranked)
     return torch.where(counted, values, 0.0).sum((1, 2)) / counted.sum((1, 2))
 
 
@@ -85,7 +90,7 @@ def bradley_terry(ranked: Ranked, *, margin_weight: NonNegative = 0.0) -> Tensor
     if margin_weight:
         assert ranked.margins is not None and bool((ranked.lengths == 2).all()), "margins go with lists of two"
         ahead = ahead - margin_weight * ranked.margins[:, None, None]
-    return _mean_over_pairs(ranked, -logsigmoid(ahead))
+    return mean_over_pairs(ranked, -logsigmoid(ahead))
 
 
 @reward_loss("plackett_luce")
@@ -94,10 +99,10 @@ def plackett_luce(ranked: Ranked) -> Tensor:
 
     For a pair it is Bradley-Terry without a margin.
     """
-    present = _present(ranked)
-    r = ranked.rewards.masked_fill(~present, torch.finfo(ranked.rewards.dtype).min)
+    there = present(ranked)
+    r = ranked.rewards.masked_fill(~there, torch.finfo(ranked.rewards.dtype).min)
     still_in = r.flip(1).logcumsumexp(1).flip(1)  # [L, K]; log Σ_{j ≥ k} exp r_j
-    return torch.where(present, still_in - r, 0.0).sum(1)
+    return torch.where(there, still_in - r, 0.0).sum(1)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -152,6 +157,12 @@ def calibration(chosen: Tensor, rejected: Tensor, bins: int = 10) -> tuple[tuple
         found.append(Bin(float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
     error = sum(b.count * abs(b.accuracy - b.confidence) for b in found) / max(1, len(confidence))
     return tuple(found), error
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's r of two `[n]`; NaN where one of them does not vary."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    return float((x * y).sum() / (x.norm() * y.norm()))
 
 
 def llama2_combined(helpfulness: Tensor, safety: Tensor, unsafe_prompt: Tensor, threshold: float = 0.15) -> Tensor:

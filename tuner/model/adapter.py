@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from tuner.errors import ModelError, RecipeError, first_line
 from tuner.model.load import base_fingerprint
@@ -24,6 +25,7 @@ from tuner.registry import did_you_mean
 
 ADAPTER = "default"
 META_FILE = "tuner.json"
+HEADS = ("lm_head", "score")
 _QUANTIZATION = {"type", "double_quant", "compute_dtype"}
 LanguageModel: TypeAlias = PreTrainedModel | PeftModel
 
@@ -70,11 +72,16 @@ class AdapterMeta:
 def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
     """Wraps a frozen base with the adapter of the recipe; trainable parameters are stored in fp32.
 
+    On the base of a reward model the score head trains beside the adapter, and an adapter of a causal model can be gone
+    on with: all of it but its language head, if it trained one, comes along.
+
     Raises:
         RecipeError: a target that matches no module, or one that cannot be adapted.
     """
     if section.path:
-        model = load_adapter(base, adapter_directory(Path(section.path)), trainable=True)
+        directory = adapter_directory(Path(section.path))
+        new_score = task_of(base) == "SEQ_CLS" != read_peft_config(directory).get("task_type")
+        model = load_adapter(base, directory, trainable=True, new_score=new_score)
     else:
         targets = resolve_targets(base, section.target_modules)
         _check_saved_modules(base, section.modules_to_save)
@@ -87,7 +94,7 @@ def attach(base: PreTrainedModel, section: AdapterSection) -> PeftModel:
             use_rslora=section.use_rslora,
             use_dora=section.use_dora,
             init_lora_weights=section.init_lora_weights,
-            task_type="CAUSAL_LM",
+            task_type=task_of(base),
         )
         model = get_peft_model(base, config)
     for parameter in model.parameters():
@@ -124,6 +131,11 @@ def check_continues(path: Path, base_sha256: str, quantization: Mapping[str, Any
         )
 
 
+def task_of(base: PreTrainedModel) -> str:
+    """What peft calls the task of a model; with `SEQ_CLS` it trains and saves the score head too."""
+    return "SEQ_CLS" if isinstance(base, GenericForSequenceClassification) else "CAUSAL_LM"
+
+
 def is_adapted(lm: LanguageModel) -> TypeGuard[PeftModel]:
     """Whether a model carries an adapter."""
     return isinstance(lm, PeftModel)
@@ -135,19 +147,20 @@ def starts_off_zero(model: PeftModel) -> bool:
 
 
 def resolve_targets(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """Names of the linears to adapt; `all-linear` is every linear but the head.
+    """Names of the linears to adapt; `all-linear` is every linear but the heads.
 
     Raises:
         RecipeError: a name that matches no linear (with the nearest one), or the head.
     """
-    linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    linears = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {*HEADS}
     if targets == "all-linear":
         return sorted(linears)
     names = [targets] if isinstance(targets, str) else list(targets)
     every = {n for n, _ in base.named_modules() if n}
     for name in names:
-        if name.rpartition(".")[2] == "lm_head":
-            raise RecipeError("adapter.target_modules: LoRA on lm_head is not supported; put it in modules_to_save")
+        if (leaf := name.rpartition(".")[2]) in HEADS:
+            remedy = "put it in modules_to_save" if leaf == "lm_head" else "it is trained in full; leave it out"
+            raise RecipeError(f"adapter.target_modules: LoRA on {leaf} is not supported; {remedy}")
         if name.rpartition(".")[2] not in linears or not any(n == name or n.endswith("." + name) for n in every):
             hint = did_you_mean(name, linears)
             raise RecipeError(
@@ -163,7 +176,7 @@ def _check_saved_modules(base: PreTrainedModel, names: Iterable[str]) -> None:
         if name not in leaves:
             hint = did_you_mean(name, leaves)
             raise RecipeError(f"adapter.modules_to_save: '{name}' matches no module of this model{hint}")
-        if name in ("embed_tokens", "lm_head") and base.config.tie_word_embeddings:
+        if name in ("embed_tokens", "lm_head") and base.get_output_embeddings() and base.config.tie_word_embeddings:
             raise RecipeError(
                 f"adapter.modules_to_save: '{name}' is tied to the other embedding in this checkpoint: a trained copy "
                 "would come apart from it; use full fine-tuning, or leave it frozen"
@@ -196,6 +209,8 @@ def adapter_tensors(model: PeftModel) -> tuple[dict[str, Tensor], LoraConfig]:
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config: LoraConfig = LoraConfig(**_config_fields(model))
     config.inference_mode = True
+    if config.modules_to_save:  # peft adds the heads of classifiers to them each time that an adapter is loaded
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # a set would be written in another order each time
     if starts_off_zero(model):
@@ -243,15 +258,48 @@ def read_meta(directory: Path) -> AdapterMeta | None:
         raise ModelError(f"{file} cannot be read; the adapter directory is damaged") from None
 
 
-def load_adapter(base: PreTrainedModel, directory: Path, *, trainable: bool = False) -> PeftModel:
+def _as_it_is(base: PreTrainedModel, directory: Path, trainable: bool) -> tuple[PeftModel, set[str]]:
+    """The adapter on its base, and the names of the tensors that it brings."""
+    if (task := read_peft_config(directory).get("task_type")) != (wanted := task_of(base)):
+        if task == "SEQ_CLS":
+            raise ModelError(f"{directory} is the adapter of a reward model, which writes no text; give another one")
+        if wanted == "SEQ_CLS":
+            raise ModelError(f"{directory} is no adapter of a reward model: it has no score head; give another one")
+    model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
+    return model, set(saved_keys(directory))
+
+
+def _with_score(base: PreTrainedModel, directory: Path, trainable: bool) -> tuple[PeftModel, set[str]]:
+    """The adapter of a causal model on the base of a reward model, and the names of its tensors.
+
+    It keeps the score head of that base, and leaves the language head behind if it trained one.
+    """
+    config = LoraConfig.from_pretrained(str(directory))
+    config.task_type, config.inference_mode = "SEQ_CLS", not trainable
+    config.base_model_name_or_path = None  # peft warns where it is another one
+    config.modules_to_save = [name for name in config.modules_to_save or () if name != "lm_head"]
+    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".lm_head.weight")}
+    tensors["base_model.model.score.weight"] = base.get_parameter("score.weight").detach().clone()
+    model = get_peft_model(base, config, adapter_name=ADAPTER)
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    return model, set(tensors)
+
+
+def load_adapter(
+    base: PreTrainedModel, directory: Path, *, trainable: bool = False, new_score: bool = False
+) -> PeftModel:
     """Puts a saved adapter on a base; a key that is missing, unexpected or of another shape is an error.
+
+    Args:
+        new_score: it is an adapter of a causal model, and goes on as that of a reward model.
 
     Raises:
         ModelError: no adapter there, a damaged file, or an adapter that does not fit this base.
     """
-    found = check_files(directory)
+    check_files(directory)
     try:
-        model = PeftModel.from_pretrained(base, str(directory), adapter_name=ADAPTER, is_trainable=trainable)
+        model, found = (_with_score if new_score else _as_it_is)(base, directory, trainable)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{directory}/adapter_model.safetensors cannot be read: {first_line(error)}") from None
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -315,8 +363,9 @@ def check_trained_tokens(model: nn.Module, ids: Mapping[int, str], *, trained: b
     same = (torch.cdist(rows, rows) + torch.eye(len(rows), device=rows.device) * typical) < 1e-3 * typical
     dead += [name for name, twin in zip(ids.values(), same.any(dim=1), strict=True) if twin and name not in dead]
     if dead:
+        modules = "embed_tokens, lm_head" if model.get_output_embeddings() else "embed_tokens"  # type: ignore[operator]
         raise ModelError(
             f"the embeddings of {', '.join(dead)} were never trained in this base (rows of zeros, or equal to each "
-            "other) and would stay frozen; add adapter.modules_to_save: [embed_tokens, lm_head], fine-tune the full "
+            f"other) and would stay frozen; add adapter.modules_to_save: [{modules}], fine-tune the full "
             "weights, or use a data.chat_template whose control tokens the base knows"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +32,7 @@ from tuner.recipe import ModelSection
 
 FAMILIES = ("llama", "mistral")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCORE, LANGUAGE = "score.weight", "lm_head.weight"  # the head of a reward model, and of a causal one
 _IGNORED = ("consolidated*", "original/*")  # the same weights once more, in another layout
 _FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
@@ -104,18 +107,17 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     return tokenizer
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills short prompts: the tokenizer's own, Llama 3's pad token, its first reserved one, or EOS.
+def padding_id(tokenizer: PreTrainedTokenizerBase, avoid: Collection[int] = ()) -> int:
+    """The id that fills short prompts: the tokenizer's own, Llama 3's pad token, its first reserved one, or EOS; the
+    unknown token or BOS where `avoid` rules all of these out.
 
     Nothing ever attends to it and no loss counts it, so the vocabulary is never resized to make room for one.
     """
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
     known = {str(token.content): index for index, token in tokenizer.added_tokens_decoder.items()}
-    for name in ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"):
-        if name in known:
-            return known[name]
-    return int(tokenizer.eos_token_id or 0)
+    made_for_it = [known.get(name) for name in ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")]
+    others = [tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    fitting = [int(i) for i in (tokenizer.pad_token_id, *made_for_it, *others) if i is not None and i not in avoid]
+    return fitting[0] if fitting else 0
 
 
 def set_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
@@ -132,6 +134,12 @@ def set_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_
     sampled = any(v not in (None, 1.0) for v in (generation.temperature, generation.top_p))
     if sampled and not generation.do_sample:
         generation.do_sample = True  # Llama 2 ships temperature without sampling, which transformers refuses to save
+
+
+def set_padding(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
+    """The padding of a reward model is no terminator: transformers reads the reward at the last token that is no
+    padding, and with a terminator as padding that would be the token before the end of the answer."""
+    tokenizer.pad_token_id = lm.config.pad_token_id = padding_id(tokenizer, avoid=stop_ids)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -180,15 +188,29 @@ def base_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def check_checkpoint(model: ModelSection) -> tuple[Checkpoint, PretrainedConfig]:
+def check_checkpoint(model: ModelSection, *, reward: bool = False) -> tuple[Checkpoint, PretrainedConfig]:
     """Finds a checkpoint and refuses what can be refused without reading its weights, in well under a second.
 
+    Args:
+        reward: it is to give rewards: a causal checkpoint will do, or a classifier of one label.
+
     Raises:
-        ModelError: nothing is there, not of the Llama family, weights missing or truncated, or shapes that 4-bit
-            blocks do not fit.
+        ModelError: nothing is there, not of the Llama family, a head of another kind, weights missing or truncated, or
+            shapes that 4-bit blocks do not fit.
     """
     checkpoint = find_checkpoint(model.name_or_path, model.revision)
     config = load_config(checkpoint)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        if not reward:
+            raise ModelError(
+                f"{checkpoint.path} is a reward model or another classifier, which writes no text; give a causal "
+                "checkpoint"
+            )
+        if config.num_labels != 1:
+            raise ModelError(
+                f"{checkpoint.path} is a classifier of {config.num_labels} labels, and a reward is one number; give a "
+                "causal checkpoint, or a classifier of one label"
+            )
     for file in weight_files(checkpoint.path):
         _check_readable(file)
     if model.load_in_4bit:
@@ -202,18 +224,23 @@ def load_base(
     *,
     trainable: bool,
     param_dtype: torch.dtype = torch.float32,
+    reward: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model that a recipe names, on `device`.
+    """The causal language model that a recipe names, on `device`; or its classifier of one label.
 
     Args:
         model: the recipe's section; `load_in_4bit` quantises the linears to NF4 or FP4.
         trainable: every weight is trained, so it is stored in `param_dtype`; else it is frozen in the compute dtype.
+        reward: put an fp32 score head in the place of the language head: that of the checkpoint, else one of zeros.
 
     Raises:
         ModelError: not of the Llama family, or weights missing, truncated or of other names than the config asks for.
     """
     device = torch.device(device)
-    checkpoint, config = check_checkpoint(model)
+    checkpoint, config = check_checkpoint(model, reward=reward)
+    if reward:
+        config.num_labels = 1
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     compute = resolve_dtype(model.dtype, device)
     options: dict[str, Any] = {}
     if model.load_in_4bit:
@@ -222,7 +249,7 @@ def load_base(
         )
         options["device_map"] = {"": device}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             checkpoint.path,
             config=config,
             dtype=param_dtype if trainable else compute,
@@ -239,11 +266,29 @@ def load_base(
         raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {first_line(error)}") from None
     lm, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(_shown_key, info.get(kind) or ())):
+        heads = {SCORE, LANGUAGE} if reward else set()  # a causal checkpoint lacks the one and has the other
+        if keys := sorted(map(_shown_key, set(info.get(kind) or ()) - heads)):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ModelError(f"{checkpoint.path}: {kind.replace('_', ' ')} in the weights: {shown}")
+    if reward:
+        lm.score = _score_head(checkpoint.path, config.hidden_size, device)
     lm.requires_grad_(trainable)
     return lm if model.load_in_4bit else lm.to(device)
+
+
+def _score_head(path: Path, hidden_size: int, device: torch.device) -> nn.Linear:
+    """`[1, H]`, a plain fp32 linear however the rest is stored; of zeros where the checkpoint has none.
+
+    From zeros every reward is 0 at first: each pair starts at a loss of exactly ln 2, and no answer is ahead by the
+    chance of an initialisation.
+    """
+    head = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            if SCORE in tensors.keys():  # noqa: SIM118  of a file that is no mapping
+                head.weight.data.copy_(tensors.get_tensor(SCORE))
+    return head
 
 
 def plan_implementation(requested: str) -> str:

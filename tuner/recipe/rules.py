@@ -205,6 +205,8 @@ def _conflicts(recipe: Recipe, root: Node) -> Iterator[tuple[str, str]]:
             yield "data.train_on", f"{recipe.stage} compares answers, so prompts are never trained; set it to assistant"
         if adapter is not None and adapter.lora_dropout:
             yield "adapter.lora_dropout", "policy and reference may differ by nothing but what is learned; set it to 0"
+    if recipe.stage == "reward" and data.overlong == "truncate":
+        yield "data.overlong", "a reward is read at the end of an answer, which truncate cuts off; set it to drop"
     given = root.value.get("train") if isinstance(root.value, dict) else None
     if train.batch_unit == "tokens" and not (given and isinstance(given.value, dict) and "batch_size" in given.value):
         yield "train.batch_unit", "with tokens, train.batch_size must be given too (tokens an optimizer step)"
@@ -226,6 +228,8 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
         reason = "a reward model writes no text"
         idle |= {f"generate.{key}": reason for key in SECTIONS["generate"].model_fields}
         idle |= dict.fromkeys(("eval.questions", "eval.samples"), reason)
+        idle["data.train_on"] = "a reward is read at the end of an answer, whatever stands before it"
+        idle["model.kernels"] = "no operation of a reward model has more than one backend"
     if not recipe.model.load_in_4bit:
         idle |= dict.fromkeys(
             ("model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"), "model.load_in_4bit is false"

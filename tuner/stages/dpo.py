@@ -14,6 +14,7 @@ from tuner.data.report import place
 from tuner.errors import DataError, RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
+from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.reference import ReferenceLogps, make_reference
@@ -25,7 +26,7 @@ CHOSEN, REJECTED = 0, 1  # branches of a pair
 
 @dataclass(frozen=True)
 class DPO:
-    """A preference loss over the pairs of a batch; each prompt runs once, and both answers continue it.
+    """A preference loss over pairs; each prompt runs once, and both answers continue it.
 
     Metrics, each a mean over pairs: `accuracy` (the reward of the chosen answer is higher; ties count half), `margin`
     (of the rewards), and both rewards. The reward of an answer is its log-ratio to the reference, or for a loss
@@ -44,65 +45,58 @@ class DPO:
         chosen = sum(span.weight * len(span.ids) for s in samples for span in s.branches[CHOSEN] if span.trained)
         return self.loss.denominators(pairs, chosen) | dict.fromkeys(METRICS, pairs)
 
+    @property
+    def whole_step(self) -> bool:
+        return self.loss.scope == "step"
+
     def losses(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
-        columns = self._learned(policy, batch, len(samples)) | self._given(batch, samples)
-        return self._sums(columns, self._margins(samples, batch.weights.device))
+        return self.whole_losses(self.scores(policy, batch, samples), self.constants(batch, samples))
 
-    def _learned(self, policy: Callable[[Batch], Tensor], batch: Batch, documents: int) -> dict[str, Tensor]:
-        """What the loss reads of the policy: {field of Scored: `[documents, 2]`}."""
+    def scores(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        """What the loss reads of the policy, `[samples, 2]` for each name of `_learned`."""
         logps = policy(batch) * batch.weights
-        columns = {"policy": _table(batch, logps, documents)}
+        columns = [_table(batch, logps, len(samples))]
         if "shared" in self.loss.needs:
-            columns["shared"] = _table(batch, logps * _within_shorter(batch, documents), documents)
-        return columns
+            columns.append(_table(batch, logps * _within_shorter(batch, len(samples)), len(samples)))
+        return torch.cat(columns, dim=1)
 
-    def _given(self, batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
-        """What it reads besides."""
-        documents = len(samples)
-        columns = {"tokens": _table(batch, batch.weights, documents)}
-        if self.reference is not None and "reference" in self.loss.needs:
+    def constants(self, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        """What it reads besides, `[samples, 2]` for each name of `_given`; then the margins, where it reads them."""
+        columns = [_table(batch, batch.weights, len(samples))]
+        if "reference" in self._given:
+            assert self.reference is not None
             logps = self.reference(batch, samples) * batch.weights
-            columns["reference"] = _table(batch, logps, documents)
-            if "shared" in self.loss.needs:
-                columns["shared_reference"] = _table(batch, logps * _within_shorter(batch, documents), documents)
-        return columns
+            columns.append(_table(batch, logps, len(samples)))
+            if "shared_reference" in self._given:
+                columns.append(_table(batch, logps * _within_shorter(batch, len(samples)), len(samples)))
+        if "margins" in self.loss.needs:
+            columns.append(torch.tensor([[s.scores[CHOSEN] - s.scores[REJECTED]] for s in samples]).to(columns[0]))
+        return torch.cat(columns, dim=1)
 
-    def _sums(self, columns: Mapping[str, Tensor], margins: Tensor | None) -> dict[str, Tensor]:
-        sides = [Scored(**{name: column[:, side] for name, column in columns.items()}) for side in (CHOSEN, REJECTED)]
-        pairs = Pairs(sides[CHOSEN], sides[REJECTED], margins)
+    def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:
+        pairs = self._pairs(scores, constants)
         sums = {term: values.sum() for term, values in self.loss(pairs).items()}
         with torch.no_grad():
             return sums | measure(pairs)
 
-    def _margins(self, samples: Sequence[Tokens], device: torch.device) -> Tensor | None:
-        if "margins" not in self.loss.needs:
-            return None
-        return torch.tensor([s.scores[CHOSEN] - s.scores[REJECTED] for s in samples], device=device)
+    def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
+        return {}
 
+    @property
+    def _learned(self) -> tuple[str, ...]:
+        return ("policy", "shared") if "shared" in self.loss.needs else ("policy",)
 
-@dataclass(frozen=True)
-class WholeStepDPO(DPO):
-    """A loss that must see all pairs of the optimizer step: the loop scores them first and replays the microbatches."""
+    @property
+    def _given(self) -> tuple[str, ...]:
+        shared = ("shared_reference",) if "shared" in self.loss.needs else ()
+        return ("tokens", "reference", *shared) if "reference" in self.loss.needs else ("tokens",)
 
-    def scores(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
-        return torch.cat(list(self._learned(policy, batch, len(samples)).values()), dim=1)
-
-    def constants(self, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
-        margins = self._margins(samples, batch.weights.device)
-        columns = list(self._given(batch, samples).values())
-        return torch.cat(columns if margins is None else [*columns, margins[:, None]], dim=1)
-
-    def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:
-        shared, referenced = "shared" in self.loss.needs, "reference" in self.loss.needs
-        learned = ["policy", *(["shared"] if shared else [])]
-        given = [
-            "tokens",
-            *(["reference"] if referenced else []),
-            *(["shared_reference"] if shared and referenced else []),
-        ]
-        columns = {name: scores[:, 2 * i : 2 * i + 2] for i, name in enumerate(learned)}
-        columns |= {name: constants[:, 2 * i : 2 * i + 2] for i, name in enumerate(given)}
-        return self._sums(columns, constants[:, -1] if "margins" in self.loss.needs else None)
+    def _pairs(self, scores: Tensor, constants: Tensor) -> Pairs:
+        """The columns of the two tables as what a loss receives."""
+        learned, given = ([*table.split(2, dim=1)] for table in (scores, constants))
+        columns = dict(zip((*self._learned, *self._given), (*learned, *given), strict=False))
+        sides = [Scored(**{name: column[:, side] for name, column in columns.items()}) for side in (CHOSEN, REJECTED)]
+        return Pairs(sides[CHOSEN], sides[REJECTED], constants[:, -1] if "margins" in self.loss.needs else None)
 
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -208,10 +202,9 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
+        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
         reference = make_reference(recipe, machine, data, model.policy, console) if "reference" in loss.needs else None
-        kind = WholeStepDPO if loss.scope == "step" else DPO
-        session = prepare.session(recipe, machine, data, opened, model, kind(loss, reference), console)
+        session = prepare.session(recipe, machine, data, opened, model, DPO(loss, reference), console)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
         report(recipe, summary, console)

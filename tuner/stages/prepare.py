@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from tuner.model.adapter import (
     check_trained_tokens,
     matched_modules,
 )
+from tuner.model.backbone import Backbone
 from tuner.model.fuse import fuse
 from tuner.model.load import (
     DTYPES,
@@ -50,7 +51,6 @@ from tuner.model.load import (
     plan_implementation,
     resolve_dtype,
 )
-from tuner.model.policy import Policy
 from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
@@ -146,7 +146,7 @@ def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bo
         try:
             check_output(Path(recipe.train.output_dir), resume=resume, overwrite=overwrite, reads=_reads(recipe))
             tracker_classes(recipe.log.report_to)
-            check_checkpoint(recipe.model)
+            check_checkpoint(recipe.model, reward=recipe.stage == "reward")
             if recipe.adapter is not None and recipe.adapter.path is not None:
                 check_files(adapter_directory(Path(recipe.adapter.path)))
         except TunerError as error:
@@ -371,19 +371,25 @@ def _hear() -> Opened:
 # --- model ---
 
 
-@dataclass(frozen=True)
-class Model:
-    """The policy to train, and how its result is saved."""
+Scorer = TypeVar("Scorer", bound=Backbone)
 
-    policy: Policy
+
+@dataclass(frozen=True)
+class Model(Generic[Scorer]):
+    """The policy or reward model to train, and how its result is saved."""
+
+    policy: Scorer
     save_result: Callable[[RunDir], Path]
 
 
-def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console) -> Model:
+def load_model(
+    kind: type[Scorer], recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console
+) -> Model[Scorer]:
     """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
-    base = load_base(model, device, trainable=full, param_dtype=DTYPES[recipe.train.param_dtype])
+    reward = recipe.stage == "reward"
+    base = load_base(model, device, trainable=full, param_dtype=DTYPES[recipe.train.param_dtype], reward=reward)
     stored = load_config(find_checkpoint(model.name_or_path, model.revision)).dtype
     stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     if recipe.adapter is not None and recipe.adapter.path is not None:
@@ -392,14 +398,15 @@ def load_model(recipe: Recipe, machine: Machine, data: Data, base_sha256: str, c
     saved = recipe.adapter.modules_to_save if recipe.adapter else ()
     check_trained_tokens(base, _control_tokens(data), trained=full or "embed_tokens" in saved)
     if data.template is not None:
-        _check_slots(data.template, full or {"embed_tokens", "lm_head"} <= set(saved))
+        needed = {"embed_tokens"} if reward else {"embed_tokens", "lm_head"}
+        _check_slots(data.template, full or needed <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
     if recipe.train.activation_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
     fused = fuse(lm)
-    policy = Policy(
+    policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
         kernels=model.kernels,
@@ -444,9 +451,9 @@ def _check_context(positions: int, data: Data) -> None:
             )
 
 
-def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], console: Console) -> None:
+def _print_model(recipe: Recipe, policy: Backbone, fused: Mapping[str, int], console: Console) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = policy.causal_lm.num_parameters()  # knows that 4-bit tensors hold two weights a byte
+    total = policy.inner.num_parameters()  # knows that 4-bit tensors hold two weights a byte
     total -= trained if recipe.adapter is not None else 0
     if recipe.adapter is None:
         how = f"full fine-tuning of {trained:,} parameters, stored in {recipe.train.param_dtype}"
@@ -466,7 +473,7 @@ def _print_model(recipe: Recipe, policy: Policy, fused: Mapping[str, int], conso
 
 
 def session(
-    recipe: Recipe, machine: Machine, data: Data, opened: Opened, model: Model, stage: Stage, console: Console
+    recipe: Recipe, machine: Machine, data: Data, opened: Opened, model: Model[Any], stage: Stage, console: Console
 ) -> Session:
     """The run of a stage, ready to train."""
     return Session(

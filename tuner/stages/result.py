@@ -1,4 +1,4 @@
-"""A trained policy -> the directory that a run leaves: `adapter/` or `model/`, with its tokenizer and template."""
+"""A trained policy or reward model -> what a run leaves: `adapter/` or `model/`, with its tokenizer and template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tuner.checkpoint import RunDir
 from tuner.model.adapter import AdapterMeta, LanguageModel, is_adapted, save_adapter
-from tuner.model.load import set_token_ids
+from tuner.model.load import SCORE, set_padding, set_token_ids
 from tuner.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,12 +27,15 @@ def save_result(
     if data.template is not None:
         tokenizer.chat_template = data.template.saved()
     stop_ids = data.renderer.stop_ids
+    if recipe.stage == "reward":
+        set_padding(lm, tokenizer, stop_ids)
 
     def save(directory: Path) -> None:
         if is_adapted(lm):
             save_adapter(lm, directory, _adapter_meta(recipe, data, stop_ids, base_sha256))
         else:
-            set_token_ids(lm, tokenizer, stop_ids)
+            if recipe.stage != "reward":
+                set_token_ids(lm, tokenizer, stop_ids)
             lm.save_pretrained(directory, state_dict=_stored(lm, stored_dtype))
             lm.config.dtype = stored_dtype  # save_pretrained has written the dtype that trained
             lm.config.save_pretrained(directory)
@@ -44,11 +47,12 @@ def save_result(
 
 
 def _stored(lm: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict in `dtype`; tied weights stay one tensor, so that they are saved once."""
+    """The state dict in `dtype`, score heads in fp32; tied weights stay one tensor, so that they are saved once."""
     cast: dict[int, Tensor] = {}
     state = lm.state_dict()
-    for tensor in state.values():
-        cast.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    for name, tensor in state.items():
+        narrow = tensor.is_floating_point() and name != SCORE
+        cast.setdefault(tensor.data_ptr(), tensor.to(dtype) if narrow else tensor)
     return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tuner.data.pack import weight_sum
 from tuner.losses import language
+from tuner.model.policy import Policy
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.types import Batch, Tokens
@@ -57,7 +58,7 @@ def run(
         if opened.finished:
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(recipe, machine, data, opened.base_sha256, console)
+        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
         session = prepare.session(recipe, machine, data, opened, model, stage, console)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:

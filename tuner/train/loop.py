@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,20 @@ class Stage(Protocol):
 
 
 @runtime_checkable
-class WholeStepStage(Stage, Protocol):
-    """A stage whose loss is no sum over samples: it sorts the step, or compares each sample with all of them.
+class ScoringStage(Stage, Protocol):
+    """A stage that scores each sample, and whose loss and metrics are arithmetic on the scores of all of them.
 
-    All samples of the step are scored without gradient first, the derivative of the loss by each score is worked out
-    once, and the microbatches are run again with these coefficients. So the loss does not depend on how the step is
-    divided.
+    In evaluation the scores of all held-out samples are gathered, and so may be sorted, ranked or correlated.
     """
+
+    @property
+    def whole_step(self) -> bool:
+        """Whether the loss is no sum over samples: it sorts the step, or compares each sample with all of them.
+
+        Then all samples of the step are scored without gradient first, the derivative of the loss by each score is
+        worked out once, and the microbatches are run again with these coefficients. So the loss does not depend on how
+        the step is divided.
+        """
 
     def scores(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
         """`[samples, K]`: all that the loss knows of each sample and that has a gradient."""
@@ -66,7 +73,10 @@ class WholeStepStage(Stage, Protocol):
         """`[samples, C]`: what it knows besides, e.g. the reference's log-probs."""
 
     def whole_losses(self, scores: Tensor, constants: Tensor) -> Sums:
-        """Term or metric -> its sum over the step, from `[samples of the step, K]` and `[samples of the step, C]`."""
+        """Term or metric -> its sum over samples, from their `[samples, K]` and `[samples, C]`."""
+
+    def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
+        """What else an evaluation reports, of all held-out samples at once: what is no sum over them."""
 
 
 @dataclass
@@ -137,6 +147,10 @@ def _rows(found: Sequence[tuple[Tensor, Tensor]]) -> int:
     return sum(len(scores) for scores, _ in found)
 
 
+def _is_whole_step(stage: Stage) -> TypeGuard[ScoringStage]:
+    return isinstance(stage, ScoringStage) and stage.whole_step
+
+
 @dataclass
 class Loop:
     """One run's moving parts. `module` is the policy as DDP wraps it; `schedule` gives the rate of each step."""
@@ -204,7 +218,7 @@ class Loop:
 
         A rank with no microbatch left runs `filler` all the same, times zero, so that no collective waits for it.
         """
-        replay = self._replay(mine, denominators) if isinstance(self.stage, WholeStepStage) else None
+        replay = self._replay(mine, denominators) if _is_whole_step(self.stage) else None
         sums = []
         for i, samples in enumerate(mine):
             with no_sync(self.module, last=i == len(mine) - 1):
@@ -223,7 +237,7 @@ class Loop:
         """Adds the gradient of one microbatch; returns its sums in the order of `denominators`."""
         batch = self._batch(samples)
         try:
-            if isinstance(self.stage, WholeStepStage):
+            if _is_whole_step(self.stage):
                 scores = self.stage.scores(self.module, batch, samples)
                 loss = (scores * (torch.zeros_like(scores) if coefficients is None else coefficients)).sum()
                 values = torch.zeros(len(denominators), dtype=torch.float64)
@@ -243,7 +257,7 @@ class Loop:
     def _replay(self, mine: Sequence[Sequence[Tokens]], denominators: Mapping[str, float]) -> Replay:
         """Scores the whole step, over all ranks, and differentiates the loss by the scores."""
         stage = self.stage
-        assert isinstance(stage, WholeStepStage)
+        assert _is_whole_step(stage)
         with torch.no_grad():
             batches = [(self._batch(samples), samples) for samples in mine if samples]
             found = [(stage.scores(self.policy, *pair), stage.constants(*pair)) for pair in batches]
@@ -289,13 +303,14 @@ def evaluate_loss(
     devices: Devices,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Each term of the loss over all samples: sums over sums, so the value does not depend on how they are batched.
+    """Each term and metric over all samples, and the measures of the stage.
 
-    None if `keep_going` said no between two microbatches, on any rank: the ranks give up together.
+    Sums over sums, so that no value depends on how the samples are batched. None if `keep_going` said no between two
+    microbatches, on any rank: the ranks give up together.
     """
     denominators = stage.denominators(samples)
     total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
-    found: list[tuple[Tensor, Tensor]] = []
+    table: list[tuple[Sequence[int], Tensor, Tensor]] = []  # of a stage that scores: samples, scores, constants
     given_up = False
     was_training = policy.training
     policy.eval()
@@ -306,19 +321,27 @@ def evaluate_loss(
                     break
                 chosen = [samples[i] for i in ids]
                 batch = pack(chosen, ROW_MULTIPLE[devices.device.type]).to(devices.device)
-                if isinstance(stage, WholeStepStage):
-                    found.append((stage.scores(policy, batch, chosen).cpu(), stage.constants(batch, chosen).cpu()))
+                if isinstance(stage, ScoringStage):
+                    table.append((ids, stage.scores(policy, batch, chosen).cpu(), stage.constants(batch, chosen).cpu()))
                 else:
                     sums = stage.losses(policy, batch, chosen)
-                    total += torch.stack([sums[name] for name in denominators]).double()
-            if isinstance(stage, WholeStepStage):
-                flat = [pair for rank in devices.gather(found) for pair in rank]
-                sums = stage.whole_losses(*(torch.cat(parts) for parts in zip(*flat, strict=True)))
-                if devices.is_main:
                     total += torch.stack([sums[name] for name in denominators]).double()
     finally:
         policy.train(was_training)
     devices.sum(total)
     if devices.agree(int(given_up)):
         return None
-    return {name: value / denominators[name] for name, value in zip(denominators, total.tolist(), strict=True)}
+    measures: dict[str, float] = {}
+    if isinstance(stage, ScoringStage):
+        scores, constants = _in_order([part for rank in devices.gather(table) for part in rank])
+        sums = stage.whole_losses(scores, constants)
+        total = torch.stack([sums[name] for name in denominators]).double()
+        measures = stage.measures(scores, constants)
+    values = dict(zip(denominators, total.tolist(), strict=True))
+    return {name: value / denominators[name] for name, value in values.items()} | measures
+
+
+def _in_order(table: Sequence[tuple[Sequence[int], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scores and constants of all samples, in the order of the samples."""
+    order = torch.tensor([i for ids, _, _ in table for i in ids]).argsort()
+    return torch.cat([scores for _, scores, _ in table])[order], torch.cat([given for _, _, given in table])[order]

@@ -24,6 +24,7 @@ from tuner.data.store import TokenStore
 from tuner.data.stream import Plan
 from tuner.errors import Interrupted, RunDirError
 from tuner.evaluate import Question, QuestionReport, answer_questions
+from tuner.model.backbone import Backbone
 from tuner.model.load import padding_id
 from tuner.model.policy import Policy
 from tuner.recipe import GenerateSection, Recipe
@@ -44,7 +45,7 @@ class Session:
     recipe: Recipe  # with every automatic value decided
     devices: Devices
     run: RunDir | None  # the main rank's; None on the others
-    policy: Policy
+    policy: Backbone
     stage: Stage
     samples: Sequence[Tokens]
     plan: Plan
@@ -192,6 +193,7 @@ class Session:
 
     def _ask(self) -> QuestionReport:
         """Every rank answers its share, and all learn how many of all were right; `wrong` is of this rank's share."""
+        assert isinstance(self.policy, Policy), "a reward model writes no text"
         mine, devices = self.questions[self.devices.rank :: self.devices.world_size], self.devices
         report = QuestionReport(0, 0, 0, ())
         if mine:

@@ -1,0 +1,89 @@
+"""Batch -> the hidden state at every position of its row: what policies and reward models share.
+
+DDP and FSDP hook the forward of what they wrap, so scoring happens inside the forward of a subclass. The backbone is
+called directly and the heads are ours; nothing is patched.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tuner.kernels import BACKENDS
+from tuner.model import attention
+from tuner.types import Batch
+
+
+class Backbone(nn.Module):
+    """A Llama-family model whose layers run over a `Batch`.
+
+    Args:
+        lm: the model, with or without an adapter.
+        compute_dtype: dtype of matmuls; parameters stored wider are cast by autocast or by the fused adapters.
+        kernels: the backend of the ops, from `tuner.kernels.resolve_backend`.
+        attn_implementation: `tuner_varlen`, or `sdpa`/`eager` with a dense mask.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel | PeftModel,
+        *,
+        compute_dtype: torch.dtype,
+        kernels: str = "reference",
+        attn_implementation: str = attention.NAME,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.compute_dtype = compute_dtype
+        self.attn_implementation = attn_implementation
+        self.ops = BACKENDS[kernels]
+        self.inner.set_attn_implementation(attn_implementation)
+        # Parameters stored wider than the compute dtype are cast at each use. The fused adapters do so themselves, and
+        # score heads stay in fp32; what else is wider (full fine-tuning, modules_to_save) goes through autocast.
+        casts = [p for name, p in lm.named_parameters() if "lora_" not in name and "score." not in name]
+        wider = any(p.dtype != compute_dtype for p in casts if p.is_floating_point())
+        self._autocast = wider and compute_dtype != torch.float32
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The transformers model without the adapter's wrapper (its linears may still hold adapters)."""
+        return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """Casts what is stored wider than the compute dtype, where anything is."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The last hidden state at every position of the row, `[N, H]`."""
+        arguments: dict[str, object] = {"use_cache": False}
+        if self.attn_implementation == attention.NAME:
+            arguments["tuner_plan"] = batch.plan
+        else:
+            arguments["attention_mask"] = self._mask(batch)
+        with self.autocast():
+            output = self.inner.model(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], **arguments
+            )
+        return output.last_hidden_state[0]
+
+    def _mask(self, batch: Batch) -> Tensor:
+        seen = attention.dense_mask(batch, self.inner.config.to_dict().get("sliding_window"))
+        if self.attn_implementation == "sdpa":
+            return seen
+        dtype = self.compute_dtype  # eager adds its mask
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def head_weight(head: nn.Module) -> Tensor:
+    """`[outputs, H]`: the weight of a linear head; where peft trains a copy of it, of that copy while it is on."""
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
+    weight: Tensor = head.weight  # type: ignore[assignment]  # a head is a linear
+    return weight
