@@ -482,3 +482,18 @@ def test_sections_go_over_the_recipe_key_by_key(written: Path, tmp_path: Path) -
 def test_a_pipeline_given_to_a_stage_says_how_to_run_it(written: Path) -> None:
     with pytest.raises(RecipeError, match="p.yaml:2: this is a pipeline, of several stages; run it with `tuner run`"):
         pipelines.build(pipelines.read(written), "sft", None)
+
+
+def test_a_reward_model_is_a_stage_and_no_adapter(align: Path, tmp_path: Path) -> None:
+    reward = (
+        f"  - run: reward\n    model: {{name_or_path: {tmp_path}/tiny-model, dtype: float32}}\n"
+        f"    adapter: {{path: $first}}\n    data: {{train: {tmp_path}/pairs.jsonl, chat_template: llama3}}\n"
+        "    train: {batch_size: 8, max_steps: 2, learning_rate: 1e-3, threads: 1}\n"
+    )
+    align.write_text(align.read_text() + reward)
+    assert run(align) == ["first", "dpo", "merge", "reward"]
+    assert run(align, "reward.train.seed=1", "dpo.train.seed=1") == ["dpo", "merge", "reward"]
+    assert run(align, "reward.train.seed=1", "dpo.train.seed=1") == []
+    align.write_text(align.read_text() + "  - {run: merge, name: again, adapter: $reward}\n")
+    with pytest.raises(RecipeError, match=r"'\$reward' gives a reward model, and an adapter is needed"):
+        pipelines.load(align)
