@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tuner import pipeline as runner
 from tuner import recipe as recipes
 from tuner.recipe import Recipe
+from tuner.recipe import pipeline as pipelines
+from tuner.recipe.pipeline import TrainStage
 from tuner.stages import dpo, sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-NAMES = [file.stem for file in FILES]
+PIPELINES = [file.stem for file in FILES if pipelines.is_pipeline(file)]
+NAMES = [file.stem for file in FILES if file.stem not in PIPELINES]  # recipes of one stage
 # What the commands of the issue and the README name.
 EXPECTED = {
     "chat",
@@ -39,7 +43,7 @@ def read(name: str) -> Recipe:
 
 
 def test_all_are_there() -> None:
-    assert set(NAMES) >= EXPECTED
+    assert set(NAMES) >= EXPECTED and "align" in PIPELINES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,11 +51,12 @@ def test_it_loads_and_writes_to_a_run_of_its_own_name(name: str) -> None:
     assert read(name).train.output_dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *PIPELINES])
 def test_its_header_says_what_it_does_how_to_run_it_and_on_what(name: str) -> None:
     header = (FOLDER / f"{name}.yaml").read_text().split("version: 1\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert re.search(rf"^#   .*tuner {read(name).stage} recipes/{re.escape(name)}\.yaml", header, re.MULTILINE)
+    command = "run" if name in PIPELINES else read(name).stage
+    assert re.search(rf"^#   .*tuner {command} recipes/{re.escape(name)}\.yaml", header, re.MULTILINE)
     assert "Hardware:" in header
 
 
@@ -158,3 +163,22 @@ def test_it_trains_two_steps(name: str, tiny_model_dir: Path, chats_file: Path, 
     assert list((tmp_path / "run" / kind).glob("*.safetensors"))
     steps = {json.loads(line).get("step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()}
     assert 2 in steps
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_found_from_anywhere_and_trains_two_steps_a_stage(
+    name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = pipelines.load(FOLDER / f"{name}.yaml")
+    assert loaded.output_dir == Path(f"runs/{name}")
+    few = ["train.max_steps=2", "train.batch_size=2", "generate.max_new_tokens=2"]
+    overrides = []
+    for stage in loaded.stages:
+        if isinstance(stage, TrainStage):
+            source = Path(str(stage.source)).stem
+            stand_in = [o for o in stand_ins(source, tiny_model_dir, chats_file, tmp_path) if ".path=" not in o]
+            overrides += [f"{stage.name}.{o}" for o in [*stand_in, *few] if not o.startswith("train.output_dir")]
+    done = runner.run(pipelines.load(FOLDER / f"{name}.yaml", overrides))
+    assert [d.stage.name for d in done] == [stage.name for stage in loaded.stages]
+    assert all(list(d.stage.result.glob("*.safetensors")) for d in done)

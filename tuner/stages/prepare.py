@@ -170,6 +170,8 @@ def _reads(recipe: Recipe) -> dict[str, str]:
         reads["eval.questions"] = recipe.eval.questions
     if recipe.adapter is not None and recipe.adapter.path is not None:
         reads["adapter.path"] = recipe.adapter.path
+    if recipe.reference.model != "auto":
+        reads["reference.model"] = recipe.reference.model
     return reads
 
 
@@ -301,13 +303,15 @@ class Opened:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _identity(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
+def identity_of(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
     """What a resumed run must find unchanged: keys of the recipe, and hashes of what it reads."""
     keys = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT}
     identity = keys | data.identity() | {"model (weights)": base_sha256}
     if recipe.adapter is not None and recipe.adapter.path is not None:
         start = adapter_directory(Path(recipe.adapter.path))
         identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
+    if recipe.reference.model != "auto":
+        identity["reference.model"] = f"sha256 {base_fingerprint(recipe.reference.model)}"
     return identity
 
 
@@ -328,7 +332,7 @@ def open_run(
     with ExitStack() as stack:
         try:
             base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
-            identity = _identity(recipe, data, base_sha256)
+            identity = identity_of(recipe, data, base_sha256)
             run = RunDir.create(
                 Path(recipe.train.output_dir),
                 recipes.dump(recipe),

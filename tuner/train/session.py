@@ -251,7 +251,7 @@ class Session:
         at = (
             f"step {self.progress.step} of {self.plan.num_steps} is saved" if self.progress.step else "no step was done"
         )
-        raise Interrupted(signum, f"stopped by a signal; {at} in {directory}; continue with --resume")
+        raise Interrupted(signum, f"stopped by a signal; {at} in {directory}", "continue with --resume")
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that train, by name."""
