@@ -10,10 +10,10 @@ import pytest
 
 from tuner import pipeline as runner
 from tuner import recipe as recipes
-from tuner.recipe import Recipe
+from tuner.recipe import PREFERENCE, Recipe
 from tuner.recipe import pipeline as pipelines
 from tuner.recipe.pipeline import TrainStage
-from tuner.stages import dpo, sft
+from tuner.stages import dpo, reward, sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -32,8 +32,10 @@ EXPECTED = {
     "pref",
     "kto",
     "llama3.1-8b-dpo",
+    "reward",
+    "llama2-7b-reward",
 }
-STAGES = {"sft": sft.run, "dpo": dpo.run}
+STAGES = {"sft": sft.run, "reward": reward.run, "dpo": dpo.run}
 
 
 def read(name: str) -> Recipe:
@@ -92,6 +94,17 @@ def test_llama2_has_the_published_settings() -> None:
     assert recipe.data.packing and recipe.adapter is None
 
 
+def test_llama2s_reward_model_has_the_published_settings() -> None:
+    """arXiv 2307.09288, section 3.2.2: margin, 512 pairs, one epoch, cosine from 1e-5 to a tenth, 3% warm-up."""
+    recipe = read("llama2-7b-reward")
+    train = recipe.train
+    assert recipe.loss.type == "bradley_terry" and recipe.loss.parameters == {"margin_weight": 1.0}
+    assert (train.batch_unit, train.batch_size, train.num_train_epochs) == ("examples", 512, 1)
+    assert (train.learning_rate, train.lr_scheduler_type, train.min_lr_ratio) == (1e-5, "cosine", 0.1)
+    assert (train.warmup_ratio, train.weight_decay, train.max_grad_norm) == (0.03, 0.1, 1.0)
+    assert recipe.adapter is None
+
+
 @pytest.mark.parametrize("name", ["chat-qlora", "llama3.1-8b-qlora"])
 def test_qlora_recipes_quantise(name: str) -> None:
     recipe = read(name)
@@ -125,9 +138,14 @@ def stand_ins(name: str, model: Path, chats: Path, folder: Path) -> list[str]:
         "train.output_dir": folder / "run",
         "train.threads": 1,
     }
-    if recipe.stage == "dpo":
+    if recipe.stage in PREFERENCE:
         data = overrides["data.train"] = folder / "pairs.jsonl"
-        pair = {"prompt": "What is the capital?", "chosen": "The answer is short.", "rejected": "The moon."}
+        pair = {
+            "prompt": "What is the capital?",
+            "chosen": "The answer is short.",
+            "rejected": "The moon.",
+            "margin": 1,
+        }
         data.write_text("".join(json.dumps(pair | {"chosen": f"The answer is {i}."}) + "\n" for i in range(40)))
     if recipe.adapter is not None and recipe.adapter.path is not None:
         overrides["adapter.path"] = earlier_run(model, chats, folder)
@@ -155,7 +173,8 @@ def test_a_dry_run_plans_it_and_writes_nothing(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_two_steps(name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> None:
-    few = ["train.max_steps=2", "train.batch_unit=null", "train.batch_size=2", "generate.max_new_tokens=2"]
+    few = ["train.max_steps=2", "train.batch_unit=null", "train.batch_size=2"]
+    few += [] if read(name).stage == "reward" else ["generate.max_new_tokens=2"]
     overrides = [*stand_ins(name, tiny_model_dir, chats_file, tmp_path), *few]
     recipe = recipes.load(FOLDER / f"{name}.yaml", overrides)
     STAGES[str(recipe.stage)](recipe)
