@@ -270,7 +270,7 @@ def generate(
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Print versions, devices and threads."""
-    _set_environment()
+    set_environment()
     from tuner import environment
 
     facts = environment.describe()
@@ -394,7 +394,7 @@ def recipes_schema() -> None:
     print(json.dumps(recipes.json_schema(), indent=2))
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """No telemetry, whatever the environment says, and no chatter of the libraries; before the first heavy import."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_TELEMETRY"] = "1"
@@ -402,6 +402,7 @@ def _set_environment() -> None:
     # Threads that wait for the next operation spin for some microseconds, then sleep. Without a bound they spin for
     # milliseconds, and where another process wants the cores too both come to a crawl.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")  # kernels of as many sizes are kept, not of 1,024
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -417,7 +418,7 @@ def _set_environment() -> None:
 
 def _quiet_libraries() -> None:
     """The same, and no progress bar while transformers reads weights, but one while the Hub sends them."""
-    _set_environment()
+    set_environment()
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 

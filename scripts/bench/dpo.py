@@ -67,7 +67,10 @@ class Clock(sft.Clock):
 
 def run_tuner(work: Path, steps: int, idea: str) -> dict[str, Any]:
     """Our side, through the same recipe and stage as the command line."""
+    from tuner import cli
     from tuner import recipe as recipes
+
+    cli.set_environment()  # before torch is loaded, as the command does
     from tuner.stages import dpo
     from tuner.train import loop, metrics
 
@@ -82,7 +85,7 @@ def run_tuner(work: Path, steps: int, idea: str) -> dict[str, Any]:
         f"loss: {{type: sigmoid, beta: {BETA}}}\n"
         f"reference: {{cache: {cached}}}\n"
         f"train: {{output_dir: {work / f'run-{os.getpid()}'}, batch_size: {PAIRS}, learning_rate: {LEARNING_RATE},\n"
-        f"        lr_scheduler_type: constant, warmup_steps: 0, max_steps: {steps}, microbatch_tokens: 2048}}\n"
+        f"        lr_scheduler_type: constant, warmup_steps: 0, max_steps: {steps}}}\n"
         f"log: {{save_steps: {10 * steps}}}\n"
     )
     clock, note, start = Clock(), metrics.Metrics.step, metrics.Metrics.start
