@@ -257,6 +257,7 @@ OPEN = {"messages": [*MIXED["messages"][0]["messages"], {"role": "user", "conten
         (PAIRS[0], ("train.seed=1",), RecipeError, "override 'train.seed' has no effect here"),
         (PAIRS[0], ("data=1",), RecipeError, "override 'data' has no effect here"),
         (PAIRS[0], ("data.max_length=x",), RecipeError, "override 'data.max_length=x': data.max_length: expected an"),
+        (PAIRS[0], ("data.overlong=truncate",), RecipeError, "a reward is read at the end of an answer"),
         (PAIRS[0], ("data.overlong=split",), RecipeError, "data.overlong: split cuts raw text only"),
     ],
 )

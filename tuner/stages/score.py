@@ -146,6 +146,10 @@ def _settings(subject: Subject, file: Path, overrides: Sequence[str]) -> Scoring
         model = model.model_copy(update={"dtype": own.model.dtype})
     data = DataSection(train=(DataSource(path=str(file)),), max_length=length, cache=False)
     found = recipes.overridden(Scoring(model=model, data=data), overrides, READS)
+    if found.data.overlong == "truncate":
+        raise RecipeError(
+            "data.overlong: a reward is read at the end of an answer, which truncate cuts off; set it to drop"
+        )
     if found.data.max_length > positions:
         raise RecipeError(
             f"data.max_length: {found.data.max_length} is more than the {positions:,} positions that "
