@@ -70,7 +70,7 @@ def test_a_broken_recipe_is_refused_within_a_second(tuner: Tuner, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["sft", "r.yaml", "train.sed=1"], ["recipes", "list"], ["sft", "-h"]]
+    "arguments", [["--help"], ["sft", "r.yaml", "train.sed=1"], ["run", "r.yaml"], ["recipes", "list"], ["sft", "-h"]]
 )
 def test_light_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "r.yaml").write_text(GOOD)
@@ -96,6 +96,7 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
         (["sft", "r.yaml", "data.train=x.jsonl"], "'x.jsonl' is not there: "),
         (["sft", "r.yaml", "--resume", "--overwrite"], "give one of them"),
         (["sft", "r.yaml", "--allow-drift", "train.seed"], "--allow-drift has no effect without --resume"),
+        (["run", "r.yaml"], "r.yaml: this is the recipe of one stage, not a pipeline; run it with `tuner sft`"),
         (["recipes", "show", "chatt"], "(did you mean 'chat'?)"),
         (["generate", "--prompt", "hi"], "give --model for a checkpoint, or --adapter"),
         (["generate", "--model", "x"], "give --prompt for one prompt, or --file"),
@@ -234,6 +235,17 @@ def test_recipes_copy_brings_what_the_recipe_reads(tuner: Tuner, tmp_path: Path)
     assert (tmp_path / "mine" / "data" / "chat-train.jsonl").is_file()
     assert done.stdout.endswith("start with: tuner sft mine/recipes/chat.yaml\n")
     assert "nothing to write" in tuner("recipes", "copy", "chat", "mine").stdout
+
+
+def test_recipes_copy_brings_the_recipes_of_a_pipeline_and_what_they_read(tuner: Tuner, tmp_path: Path) -> None:
+    done = tuner("recipes", "copy", "align", "mine")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("start with: tuner run mine/recipes/align.yaml\n")
+    for name in ("recipes/align.yaml", "recipes/chat.yaml", "recipes/pref.yaml", "data/pref-train.jsonl"):
+        assert (tmp_path / "mine" / name).read_bytes() == (ROOT / name).read_bytes()
+    checked = tuner("run", "mine/recipes/align.yaml", "--dry-run", "output_dir=x")
+    assert checked.returncode == 0 and "mine/data/pref-train.jsonl" in checked.stdout, checked.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
 
 
 def test_recipes_copy_never_replaces_a_file_of_the_user(tuner: Tuner, tmp_path: Path) -> None:

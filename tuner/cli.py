@@ -146,6 +146,30 @@ def _train(
     run(loaded, resume=resume, overwrite=overwrite, allow_drift=tuple(allow_drift or ()), dry_run=dry_run)
 
 
+@app.command("run")
+def run_pipeline(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STAGE.SECTION.KEY=VALUE", help="Overrides, e.g. dpo.train.batch_size=32.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run several stages in order, each fed by those before it.
+
+    What has finished is skipped, unless something that it was made of has changed; what was interrupted goes on.
+    """
+    from tuner.recipe import pipeline as pipelines
+
+    loaded = pipelines.load(pipeline, overrides or ())
+    _quiet_libraries()
+    from tuner import pipeline as runner
+
+    runner.run(loaded, dry_run=dry_run)
+
+
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Option(metavar="RUN_OR_ADAPTER", help="A run, or an adapter directory.")],
@@ -413,16 +437,22 @@ def recipes_copy(
 ) -> None:
     """Write a recipe, and the bundled files that it reads, into a folder."""
     from tuner import recipe as recipes
+    from tuner.recipe import pipeline as pipelines
     from tuner.recipe import shipped
 
     file = shipped.shipped_recipe(name)
+    if pipelines.is_pipeline(file):
+        command, reads = "run", pipelines.inputs(pipelines.load(file, find_inputs=False))
+    else:
+        recipe = recipes.load(file, find_inputs=False)
+        command, reads = recipe.stage or "sft", shipped.inputs(recipe)
     try:
-        target, written = shipped.copy_out(file, recipes.load(file, find_inputs=False), dest)
+        target, written = shipped.copy_out(file, reads, dest)
     except OSError as error:
         raise UserError(f"cannot write to '{dest}': {error.strerror}; give another folder") from None
     for path in written:
         print(f"wrote {path}")
-    print(f"{'start with' if written else 'nothing to write; start with'}: tuner sft {target}")
+    print(f"{'start with' if written else 'nothing to write; start with'}: tuner {command} {target}")
 
 
 @recipes_app.command("schema")
@@ -490,6 +520,11 @@ def _sentence(error: BaseException) -> tuple[str, int]:
     return f"{what} (this is a defect of tuner; TUNER_TRACEBACK=1 shows where it happened)", 1
 
 
+def _where(error: BaseException) -> str:
+    """The stage of a pipeline that an error ended, as the beginning of a sentence."""
+    return "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+
+
 class _Stopped(BaseException):
     """A signal outside training (which has a handler of its own); no Exception, so nobody takes it for an error."""
 
@@ -510,7 +545,8 @@ def main() -> NoReturn:
         app()
     except (_Stopped, KeyboardInterrupt) as error:
         number = error.args[0] if isinstance(error, _Stopped) else signal.SIGINT
-        print(f"error: stopped by {signal.Signals(number).name}; what existed before is intact", file=sys.stderr)
+        stopped = f"stopped by {signal.Signals(number).name}; what existed before is intact"
+        print(f"error: {_where(error)}{stopped}", file=sys.stderr)
         code = 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit says nothing
@@ -519,7 +555,7 @@ def main() -> NoReturn:
         if os.environ.get("TUNER_TRACEBACK"):
             traceback.print_exc()
         message, code = _sentence(error)
-        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+        print("error: " + printable(" ".join(f"{_where(error)}{message}".split())), file=sys.stderr)
     else:  # typer ends every command with SystemExit
         code = 0
     finally:

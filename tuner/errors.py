@@ -89,8 +89,12 @@ class SaveError(RunError):
 
 
 class Interrupted(TunerError):
-    """Stopped by a signal after the last finished step was published."""
+    """Stopped by a signal after the last finished step was published; `remedy` says how to go on."""
 
-    def __init__(self, signum: int, message: str) -> None:
+    def __init__(self, signum: int, message: str, remedy: str = "") -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.remedy}" if self.remedy else str(self.args[0])

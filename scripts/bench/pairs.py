@@ -37,7 +37,8 @@ def usable(path: Path, limit: int) -> list[dict[str, Any]]:
     for _, row in rows(DataSource(path=str(path))):
         example = parser(detect(row).name)(row)
         chosen, rejected = example.completions
-        if len(chosen) == len(rejected) == 1 and chosen[0].content.strip() and chosen != rejected:
+        said = all(part[0].content.strip() for part in (chosen, rejected))
+        if len(chosen) == len(rejected) == 1 and said and chosen != rejected:
             turns = [
                 [{"role": m.role, "content": m.content} for m in part] for part in (example.prompt, chosen, rejected)
             ]

@@ -144,6 +144,12 @@ def test_every_kind_of_finding_has_a_test() -> None:
         "overlap_near",
         "overlap_prompt",
         "same_completions",
+        "empty_side",
+        "unfit",
+        "wrong_kind",
+        "cut_equal",
+        "one_label",
+        "margin_missing",
         "blank_difference",
         "length_bias",
         "nothing_left",
@@ -355,6 +361,7 @@ def test_preferences(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
     planted = [pair(100, "the very same", "the very same"), pair(101, "one two", "one  two\n")]
     report = run_check(tokenizer, write([*fair(40), *planted]))
     assert found(report) == {"same_completions": (1, [41]), "blank_difference": (1, [42])}
+    assert report.train.rows == 42 and len(report.train.lengths) == 41
     assert run_check(tokenizer, write(fair(40))).findings == []
     biased = [pair(i, say(700 + i, 14), say(800 + i, 6)) for i in range(35)] + fair(10)
     report = run_check(tokenizer, write(biased))

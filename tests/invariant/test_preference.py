@@ -324,9 +324,3 @@ def test_rows_of_another_kind_are_refused(
     key = "loss" if loss.startswith("{") else "loss.type"
     with pytest.raises(DataError, match=message):
         run(pref, tmp_path / "run", f"{key}={loss}")
-
-
-@pytest.mark.parametrize("loss", ["kto", "bco"])
-def test_losses_of_single_answers_are_refused(loss: str, pref: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="reads single labelled answers"):
-        run(pref, tmp_path / "run", f"loss.type={loss}")

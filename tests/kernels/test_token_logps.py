@@ -125,6 +125,40 @@ def test_mutant_a_kernel_that_rounds_its_result(train_head: bool) -> None:
         check_bf16_error(rounded, train_head=train_head)
 
 
+@backends
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["plain", "confident"])
+def test_collisions_equal_float64_and_change_nothing_else(
+    op: Callable[..., Tensor], train_head: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log Σ p², of whatever chunks; log-probs and gradients are those of a call that does not ask, to the bit."""
+    monkeypatch.setattr(reference, "chunk_rows", lambda weight: 7)
+    hidden, weight, targets, grad = inputs(scale=scale)
+    exact = F.log_softmax(hidden.double() @ weight.double().T, dim=-1)
+    seen: list[Tensor] = []
+
+    def both(*arguments: Tensor) -> Tensor:
+        logps, collisions = op(*arguments, collision=True)
+        seen.append(collisions.detach())
+        return logps
+
+    found = results(both, hidden, weight, targets, grad, train_head=train_head)
+    error = (seen[0].double() - (2 * exact).logsumexp(-1)).abs().max()
+    assert error <= 2e-6 * max(1.0, float(exact.abs().max()))
+    for mine, same in zip(found, results(op, hidden, weight, targets, grad, train_head=train_head), strict=True):
+        assert torch.equal(mine, same)
+
+
+def test_collisions_have_no_gradient_and_cost_nothing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets, _ = inputs()
+    hidden.requires_grad_()
+    reference.token_logps(hidden, weight, targets, collision=True)[1].sum().backward()
+    assert hidden.grad is None or not hidden.grad.any()
+    monkeypatch.setattr(reference, "_log_collision", lambda _: pytest.fail("nobody asked"))
+    reference.token_logps(hidden, weight, targets)
+    assert reference.token_logps(hidden[:0], weight, targets[:0], collision=True).shape == (2, 0)
+
+
 def test_an_explicit_backend_is_never_replaced() -> None:
     assert resolve_backend("auto") in BACKENDS
     assert resolve_backend("reference") == "reference"

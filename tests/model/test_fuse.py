@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tuner.model import fuse as fuse_module
 from tuner.model import quantize
-from tuner.model.fuse import FUSED, FusedLlamaRMSNorm, fuse
+from tuner.model.fuse import FUSED, LAST, FusedLlamaRMSNorm, fuse
 from tuner.model.load import load_base
 from tuner.recipe import ModelSection
 
@@ -114,7 +114,7 @@ def test_names_types_and_counts_stay(make_model: Make) -> None:
     lm = adapted(make_model())
     before = {k: v.clone() for k, v in lm.state_dict().items()}
     classes = {name: type(module) for name, module in lm.named_modules()}
-    assert fuse(lm) == {"FusedLoraLinear": 14, "FusedLlamaRMSNorm": 5, "FusedLlamaMLP": 2}
+    assert fuse(lm) == {"LastLlamaDecoderLayer": 1, "FusedLoraLinear": 14, "FusedLlamaRMSNorm": 5, "FusedLlamaMLP": 2}
     after = lm.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -124,12 +124,12 @@ def test_names_types_and_counts_stay(make_model: Make) -> None:
 
 
 def test_every_row_of_the_table_is_a_subclass() -> None:
-    for stock, fused in FUSED.items():
+    for stock, fused in [*FUSED.items(), *LAST.items()]:
         assert issubclass(fused, stock)
 
 
 def test_another_activation_keeps_its_mlp(make_model: Make) -> None:
-    assert fuse(make_model(hidden_act="gelu")) == {"FusedLlamaRMSNorm": 5}
+    assert fuse(make_model(hidden_act="gelu")) == {"LastLlamaDecoderLayer": 1, "FusedLlamaRMSNorm": 5}
 
 
 def test_mistral() -> None:
@@ -145,7 +145,7 @@ def test_mistral() -> None:
     torch.manual_seed(0)
     lm = MistralForCausalLM(config)
     fused = copy.deepcopy(lm)
-    assert fuse(fused) == {"FusedMistralRMSNorm": 5, "FusedMistralMLP": 2}
+    assert fuse(fused) == {"LastMistralDecoderLayer": 1, "FusedMistralRMSNorm": 5, "FusedMistralMLP": 2}
     assert_same(results(fused), results(lm))
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tuner.data.pack import pack
 from tuner.generate import generate
+from tuner.model import fuse as fuse_module
 from tuner.model.fuse import fuse
 from tuner.model.policy import Policy
 from tuner.types import Batch, Tokens, span
@@ -209,3 +210,36 @@ def test_mutants_of_the_batch_are_noticed(make_model: Make) -> None:
         torch.testing.assert_close(policy(batch), wanted, rtol=1e-6, atol=1e-6)
         with pytest.raises(AssertionError):
             torch.testing.assert_close(policy(mutant), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_mlp_runs_where_it_is_read(make_model: Make, checkpointing: bool) -> None:
+    """At the predicted positions alone, rounded up; and the result is that of a layer that runs everywhere."""
+    lm = make_model()
+    if checkpointing:
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    plain = Policy(copy.deepcopy(lm), compute_dtype=torch.float32).train()
+    fuse(lm)
+    policy = Policy(lm, compute_dtype=torch.float32).train()
+    batch, seen = pack([*pairs(), Tokens((span(range(24, 224), False), span(range(24, 27), True)))]), []
+    for layer in lm.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    found, wanted = policy(batch), plain(batch)
+    rounded_up = -(-batch.num_predictions // 64) * 64
+    assert seen == [batch.num_tokens, rounded_up] and rounded_up < batch.num_tokens
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    found.sum().backward()
+    wanted.sum().backward()
+    assert_close(grads(policy), grads(plain))
+
+
+def test_mutant_a_last_layer_that_reads_elsewhere(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_model()
+    plain = Policy(copy.deepcopy(lm), compute_dtype=torch.float32)
+    fuse(lm)
+    picking = fuse_module._picking_forward
+    monkeypatch.setattr(
+        fuse_module, "_picking_forward", lambda *args, at, **kwargs: picking(*args, at=at + 1, **kwargs)
+    )
+    batch = pack(pairs())
+    assert float((Policy(lm, compute_dtype=torch.float32)(batch) - plain(batch)).detach().abs().max()) > 1e-2

@@ -147,16 +147,19 @@ def test_the_preferred_answer_is_that_of_the_data(
     assert "preferred_highest" not in row and "accuracy" not in said
 
 
-def test_the_summary(helpful: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same = {"prompt": "What?", "chosen": "one", "rejected": "one"}
-    rows, said = scored(capsys, write(tmp_path / "r.jsonl", same, PAIRS[0]), helpful)
+def test_the_summary(
+    helpful: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "r.jsonl", *PAIRS)
+    rows, said = scored(capsys, file, helpful)
     mean = torch.tensor([r for row in rows for r in row["rewards"]]).mean()
-    half = 0.5 + rows[1]["preferred_highest"]
-    assert said == (
-        f"2 rows, 4 answers; mean reward {mean:+.4f}; accuracy {half / 2:.1%} of the pairs in 2 rows that compare "
-        "answers\n"
-    )
-    assert rows[0]["preferred_highest"] is False, "a tie is not the highest, and half right"
+    right = sum(row["preferred_highest"] for row in rows) / 3
+    accuracy = f"accuracy {right:.1%} of the pairs in 3 rows that compare answers"
+    assert said == f"3 rows, 6 answers; mean reward {mean:+.4f}; {accuracy}\n"
+    monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.zeros(len(batch.seq_end)))
+    rows, said = scored(capsys, file, helpful)
+    assert not any(row["preferred_highest"] for row in rows), "a tie is not the highest, and half right"
+    assert "accuracy 50.0%" in said
 
 
 def test_capacity_changes_nothing(helpful: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

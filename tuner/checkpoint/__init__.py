@@ -11,8 +11,8 @@ sha256 does not match.
 """
 
 from tuner.checkpoint.files import MANIFEST, check_space, file_entries, publish_directory
-from tuner.checkpoint.manifest import read_manifest
-from tuner.checkpoint.run import METRICS, RECIPE, RunDir, check_output
+from tuner.checkpoint.manifest import differences, read_manifest, redacted
+from tuner.checkpoint.run import METRICS, RECIPE, RunDir, check_output, lock
 from tuner.checkpoint.state import flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.checkpoint.step import Checkpoint, check_result, damage
 
@@ -26,10 +26,13 @@ __all__ = [
     "check_result",
     "check_space",
     "damage",
+    "differences",
     "file_entries",
     "flatten_state",
+    "lock",
     "publish_directory",
     "read_manifest",
+    "redacted",
     "rng_state",
     "set_rng_state",
     "unflatten_state",

@@ -80,6 +80,12 @@ def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any
     return changed
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`drift`, and more steps too: with those a run can go on, but it is not the run that they would have made."""
+    more = {"train.max_steps": (old.get("train.max_steps"), new.get("train.max_steps"))} if grown(old, new) else {}
+    return drift(old, new) | more
+
+
 def grown(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the new identity asks for more steps."""
     before, after = old.get("train.max_steps"), new.get("train.max_steps")

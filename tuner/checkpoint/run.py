@@ -55,7 +55,7 @@ def _stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _lock(directory: Path) -> int:
+def lock(directory: Path) -> int:
     """A file descriptor that holds the directory's lock until it is closed; RunDirError if a process has it."""
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -65,7 +65,7 @@ def _lock(directory: Path) -> int:
         if not isinstance(error, BlockingIOError):
             raise
         raise RunDirError(
-            f"{directory}: another tuner process is at work there; wait for it, or choose another train.output_dir"
+            f"{directory}: another tuner process is at work there; wait for it, or choose another output_dir"
         ) from None
     return fd
 
@@ -180,9 +180,9 @@ class RunDir:
         staging = path.with_name(f".{path.name}.new-{os.getpid()}")
         try:
             if occupied:
-                locks.append(_lock(path))
+                locks.append(lock(path))
             staging.mkdir()
-            locks.append(_lock(staging))
+            locks.append(lock(staging))
             (staging / RECIPE).write_text(redact(recipe_text), encoding="utf-8")
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             (staging / "checkpoints").mkdir()
@@ -209,10 +209,10 @@ class RunDir:
     def _resume(
         cls, path: Path, recipe_text: str, identity: dict[str, Any], allow_drift: Sequence[str], log: Log
     ) -> RunDir:
-        lock = _lock(path)
+        held = lock(path)
         manifest = read_manifest(path)
         assert manifest is not None
-        run = cls(path, manifest, [lock], log)
+        run = cls(path, manifest, [held], log)
         try:
             _refuse_drift(path, manifest["identity"], identity, allow_drift)
             if manifest["status"] != "finished" or grown(manifest["identity"], identity):

@@ -40,13 +40,20 @@ class Mask:
         template: of chats; None if there is only raw text.
         train_on: `assistant` (every answer and its terminator), `last` (the last one), `all` (everything but BOS).
         ghost_attention: whether a system instruction is to reach through all turns (see `tuner.data.ghost`).
+        train_control_tokens: whether control tokens of compared answers are trained, as their text is.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: Template | None, train_on: TrainOn, ghost_attention: bool
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: Template | None,
+        train_on: TrainOn,
+        ghost_attention: bool,
+        train_control_tokens: bool = True,
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.train_on, self.ghost_attention = train_on, ghost_attention
+        self.train_control_tokens = train_control_tokens
         have = control_ids(tokenizer)
         # an optional one that the tokenizer lacks is refused when a conversation needs it; a tag is then plain text
         self._lacks = tuple(n for n in (template.optional if template else ()) if n not in have)
@@ -72,10 +79,20 @@ class Mask:
             weights = self._message_weights(example, messages, where)
             answers = (m for m, weight in zip(messages, weights, strict=True) if m.role in ANSWERS and weight)
             empty |= any(not m.content.strip() and not m.tool_calls for m in answers)
+            if empty and example.is_preference:
+                raise DataError(
+                    f"{where}: an answer is empty, so that there is nothing to compare or to judge; remove the row, or "
+                    "fill it in",
+                    kind="empty_side",
+                )
             targets = list(self._targets(self._pieces(messages, where, example.tools), weights))
+            if example.is_preference and not self.train_control_tokens:
+                targets = [(piece, 0.0 if self._is_control(piece) else weight) for piece, weight in targets]
             if not any(weight and piece.text for piece, weight in targets):  # as where an answer is only quoted
                 raise self._nothing(where)
             branches.append(tuple(self._joined(targets, len(example.prompt) if example.is_preference else None)))
+        if any(branch in branches[:n] for n, branch in enumerate(branches)):
+            raise same_answers(where)
         return Masked(example, tuple(branches), empty, no_instruction)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Target]:
@@ -90,6 +107,9 @@ class Mask:
             owner = piece.message if self.train_on == "all" else piece.owner
             yield piece, 0.0 if owner is None else weights[owner]
 
+    def _is_control(self, piece: Piece) -> bool:
+        return piece.control and piece.text not in self._as_text
+
     def _joined(self, targets: Iterable[Target], completion: int | None = None) -> list[Target]:
         """Neighbouring texts of one owner and weight as one, which is tokenised whole.
 
@@ -97,7 +117,7 @@ class Mask:
         """
         out: list[Target] = []
         for piece, weight in targets:
-            if piece.text in self._as_text and piece.control:
+            if piece.control and not self._is_control(piece):
                 piece = piece._replace(control=False)
             if out and not piece.control and piece.lead is None:
                 last, other = out[-1]
@@ -203,6 +223,14 @@ class Mask:
 def is_text(example: Example) -> bool:
     """Whether an example is raw text, which no template wraps."""
     return not example.prompt and len(example.completions[0]) == 1 and example.completions[0][0].role == "text"
+
+
+def same_answers(where: str) -> DataError:
+    """The error of a row with two answers that nothing tells apart."""
+    return DataError(
+        f"{where}: two of the answers are the same to the token, so that neither is the better one; remove the row",
+        kind="same_completions",
+    )
 
 
 def _before(piece: Piece, message: int) -> bool:

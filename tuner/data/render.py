@@ -12,7 +12,7 @@ import numpy as np
 
 from tuner.data.bound import longest_token
 from tuner.data.encode import Lead, TextEncoder
-from tuner.data.mask import Mask, Masked, Target, TrainOn, is_text
+from tuner.data.mask import Mask, Masked, Target, TrainOn, is_text, same_answers
 from tuner.data.report import DataReport, place
 from tuner.data.templates import BOS, EOS, TEMPLATES, Template, control_ids, tojson
 from tuner.errors import DataError, ModelError, RecipeError
@@ -37,6 +37,7 @@ class Renderer:
         overlong: what happens to a longer one.
         parse_control_tokens: whether raw text may hold control tokens, as pre-templated files do.
         ghost_attention: whether a system instruction is to reach through all turns (see `tuner.data.ghost`).
+        train_control_tokens: whether control tokens of compared answers are trained, as their text is.
 
     Raises:
         ModelError: the tokenizer is slow, or lacks BOS or a control token of the template.
@@ -51,6 +52,7 @@ class Renderer:
         overlong: Overlong = "error",
         parse_control_tokens: bool = False,
         ghost_attention: bool = False,
+        train_control_tokens: bool = True,
     ) -> None:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.max_length, self.overlong, self.parse_control_tokens = max_length, overlong, parse_control_tokens
@@ -62,7 +64,7 @@ class Renderer:
         terminators = template.terminators if template else ()
         for name in template.control if template else (BOS, EOS):
             self._id(name)
-        self._mask = Mask(tokenizer, template, train_on, ghost_attention)
+        self._mask = Mask(tokenizer, template, train_on, ghost_attention, train_control_tokens)
         self.terminator_ids = tuple(dict.fromkeys(self._control[n] for n in terminators if n in self._control))
         ends = [*self.terminator_ids, *([self._control[EOS]] if EOS in self._control else [])]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
@@ -259,16 +261,18 @@ class Renderer:
         parts = [self._chat_parts(branch, ids) for branch in plan.branches]
         trunk = [(run, 0.0) for run, _ in parts[0][: starts[0]]]
         branches = [branch[start:] for branch, start in zip(parts, starts, strict=True)]
+        if _alike(branches):  # though their texts differ
+            error = same_answers(where)
+            raise _Unusable(str(error), error.kind)
         room = self.max_length - _length(trunk)
         longest = max(map(_length, branches))
         if longest <= room:
             return [_tokens(example, trunk, branches)]
-
-        def cut() -> Tokens:
-            kept = [_cut(branch, max(room, 0)) for branch in branches]
-            return _tokens(example, trunk, kept if all(any(w for i, w in b if i) for b in kept) else [])
-
-        return self._overlong(_length(trunk) + longest, example, cut)
+        # the prompt stays whole, for all answers the same
+        kept = [_cut(branch, max(room, 0)) for branch in branches]
+        trained = all(any(weight for ids, weight in branch if ids) for branch in kept)
+        lost = "cut_away" if not trained else "cut_equal" if _alike(kept) else ""
+        return self._overlong(_length(trunk) + longest, example, lambda: _tokens(example, trunk, kept), lost=lost)
 
     def _hopeless(self, plan: Masked) -> bool:
         """Whether a row has so much text that it need not be tokenised to be refused, or dropped and counted."""
@@ -282,8 +286,9 @@ class Renderer:
         return True
 
     def _overlong(
-        self, length: int, example: Example, cut: Callable[[], Tokens], at_least: bool = False
+        self, length: int, example: Example, cut: Callable[[], Tokens], at_least: bool = False, lost: str = ""
     ) -> list[Tokens]:
+        """What becomes of a row that is too long; `lost` says under which count a cut would leave nothing of use."""
         where = place(example.source, example.row)
         if self.overlong == "error":
             choices = "drop, truncate or split" if is_text(example) else "drop or truncate"
@@ -298,8 +303,8 @@ class Renderer:
             self.report.lost_tokens += length
             return []
         sample = cut()
-        if not sample.num_trained:
-            self.report.count("cut_away", where)
+        if lost or not sample.num_trained:
+            self.report.count(lost or "cut_away", where)
             self.report.lost_tokens += length
             return []
         self.report.count("truncated", where)
@@ -348,6 +353,12 @@ def _completion_start(plan: Sequence[Target], example: Example) -> int:
         if (piece.owner if answer else piece.message) == first:
             return n
     return len(plan)
+
+
+def _alike(branches: Iterable[Iterable[Weighted]]) -> bool:
+    """Whether two of the branches have the same ids."""
+    runs = [[i for ids, _ in branch for i in ids] for branch in branches]
+    return any(run in runs[:n] for n, run in enumerate(runs))
 
 
 def _length(parts: Iterable[Weighted]) -> int:

@@ -17,8 +17,10 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # kind -> what people read; the order is the order of the report
 KINDS = {
     "skipped": "rows skipped as unusable (data.on_bad_row: skip)",
+    "unfit": "rows skipped as of no use to the loss (data.on_bad_row: skip)",
     "dropped": "rows dropped as longer than data.max_length (data.overlong: drop)",
     "cut_away": "rows dropped because data.overlong: truncate left nothing to train on",
+    "cut_equal": "rows dropped because data.overlong: truncate left two answers that are the same",
     "truncated": "rows cut at data.max_length (data.overlong: truncate)",
     "split": "rows split into pieces of data.max_length (data.overlong: split)",
     "not_sampled": "rows left out by the weight of their source",

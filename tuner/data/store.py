@@ -93,6 +93,11 @@ class Block:
         sums = np.concatenate([[0], np.cumsum(lengths)])
         return np.diff(sums[self.run_ends[self.sample_ends]])
 
+    def scored(self) -> np.ndarray:
+        """Whether the data says how good the answers of each sample are: bool `[S]`."""
+        first, branched = self.sample_ends[:-1], np.diff(self.sample_ends) > 1
+        return branched & ~np.isnan(self.scores[np.where(branched, first + 1, first)])
+
     def trains_any(self, wanted: Sequence[int]) -> bool:
         """Whether any of the ids `wanted` is a prediction target somewhere."""
         for found in self._find(wanted):
@@ -175,6 +180,16 @@ class TokenStore(Sequence[Tokens]):
     def trained(self) -> np.ndarray:
         """Prediction targets of each sample: int64 `[n]`."""
         return self._in_order([block.trained() for block in self.blocks])
+
+    @cached_property
+    def branches(self) -> np.ndarray:
+        """Answers to the prompt of each sample, 0 where there is only a trunk: int64 `[n]`."""
+        return self._in_order([np.diff(block.sample_ends) - 1 for block in self.blocks])
+
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """Whether the data says how good the answers of each sample are, by scores, margin or label: bool `[n]`."""
+        return self._in_order([block.scored() for block in self.blocks]).astype(bool)
 
     def origin(self, index: int) -> tuple[str, int]:
         """The source and the row of a sample."""

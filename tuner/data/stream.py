@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tuner.data import cache
+from tuner.data.fit import Fit
 from tuner.data.formats import FORMATS, Detected, detect, parser, unread_columns
 from tuner.data.pack import bins
 from tuner.data.render import Renderer
@@ -78,6 +79,7 @@ def make_renderer(data: DataSection, tokenizer: PreTrainedTokenizerFast, templat
         data.overlong,
         data.parse_control_tokens,
         data.ghost_attention,
+        data.train_control_tokens,
     )
 
 
@@ -89,12 +91,14 @@ def load_split(
     *,
     seed: int = 0,
     accepts: Sequence[str] = ("chat", "text"),
+    fit: Fit | None = None,
 ) -> Split:
     """Reads, renders and counts every row of `sources`, or takes their tokens from the cache (`data.cache`).
 
     Args:
         seed: picks the rows of a source with a fractional weight.
         accepts: the kinds of data that the stage can use: `chat`, `text`, `preference`.
+        fit: what its loss reads of every row, which `data.on_bad_row` then decides about.
 
     Raises:
         DataError: a source or row is unusable or of another kind, or nothing is left to train on.
@@ -108,14 +112,15 @@ def load_split(
         first = sum(len(p.block) for p in parts)
         parts.append(part)
         report.merge(part.report)
-        orders.append(first + _sample(TokenStore([part.block]), source, report, [seed, number]))
+        usable = _fitting(TokenStore([part.block]), fit, data, report)
+        orders.append(first + usable[_sample(TokenStore([part.block], usable), source, report, [seed, number])])
     names = ", ".join(s.path for s in sources)
     store = TokenStore([part.block for part in parts], np.concatenate([np.empty(0, np.int64), *orders]))
     if not len(store):
         lost = "; ".join(report.lines()[len(sources) :]) or "no sources"
         raise DataError(f"no usable rows in {names}: {lost}")
     chats, ends = any(part.num_chats for part in parts), renderer.terminator_ids
-    if chats and not any(part.block.trains_any(ends) for part in parts):
+    if data.train_control_tokens and chats and not any(part.block.trains_any(ends) for part in parts):
         raise DataError(
             f"no trained answer in {names} has its terminator ({', '.join(template.terminators if template else ())}), "
             "so the model would never learn to stop; raise data.max_length, or use another data.chat_template"
@@ -224,6 +229,22 @@ def _part(
     report, name, num_chats = render_unmoved(builder)
     report.notes += notes
     return cache.Part(builder.finish(), report, name, num_chats)
+
+
+def _fitting(tokens: TokenStore, fit: Fit | None, data: DataSection, report: DataReport) -> np.ndarray:
+    """The indices of the samples that the loss can use; the others are counted, or the end."""
+    faults = list(fit.faults(tokens)) if fit else []
+    if not faults:
+        return np.arange(len(tokens))
+    left = np.setdiff1d(np.arange(len(tokens)), np.concatenate([at for at, _ in faults]))
+    at, said = min(faults, key=lambda fault: int(fault[0][0]))
+    if data.on_bad_row != "skip":
+        error = DataError(f"{place(*tokens.origin(int(at[0])))}: {said}")
+        raise _counted(error, len(left), len(tokens)) if len(left) else error
+    lost = np.sort(np.concatenate([at for at, _ in faults]))
+    report.count_many("unfit", _places(tokens, lost), len(lost))
+    report.counts["unfit"].reason = report.counts["unfit"].reason or said
+    return left
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from tuner.model.adapter import AdapterMeta, load_adapter, read_meta, read_peft_
 from tuner.model.load import (
     DTYPES,
     SCORE,
+    base_fingerprint,
     find_checkpoint,
     load_base,
     load_tokenizer,
@@ -53,7 +54,7 @@ from tuner.types import Example, Message, Tokens
 MARK = "tuner_merge.json"  # says that a directory is a merge of ours, so that --overwrite may replace it
 NUM_PROMPTS, MAX_TOKENS = 8, 128  # compared; logits are [tokens, vocabulary] each
 FP32_TOLERANCE = 1e-3  # of the largest score; rounding of another order of summation stays a hundred times below
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BUILT_IN = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("Add 17 and 25.", "17 and 25 make 42."),
@@ -116,16 +117,13 @@ def merge(
         SaveError: the disk refused. RunError: the merged model does not score like the adapter; nothing was written.
     """
     directory, run = find_adapter(adapter)
-    target = _target(output or (run or directory) / "merged", overwrite)
+    target = check_target(output or (run or directory) / "merged", overwrite)
     source = _source(directory, run, base)
-    files = weight_files(find_checkpoint(source.section.name_or_path, source.section.revision).path)
-    weights = count_weights(files)
-    store = dtype or _STORED.get(weights.most_common(1)[0][0], "float32")
-    if store not in DTYPES:
-        raise ModelError(f"--dtype: '{store}' is none of {', '.join(DTYPES)}")
+    weights, store = _stored(source, dtype)
     needed = weights.total() * DTYPES[store].itemsize
     check_space(target.parent, needed, "the merged model")
     tokenizer, template = _tokenizer(source)
+    made_of = _made_of(source, store)
     ids, which = (prompts, "given") if prompts is not None else comparison_prompts(source.run, tokenizer, template)
 
     merged, expected, base_weights = _merged(source, tokenizer, ids)
@@ -155,13 +153,49 @@ def merge(
         report.append(
             MergeReport(target, name, base_weights, store, what, difference, agreement, count, which, source.warnings)
         )
-        mark = {"tuner": tuner.__version__, "adapter": file_entries(source.directory)} | dataclasses.asdict(report[0])
+        mark = {"tuner": tuner.__version__} | made_of | dataclasses.asdict(report[0])
         del mark["output"]  # no paths of this machine
-        mark["base"], mark["base_sha256"] = Path(name).name if Path(name).exists() else name, source.meta.base_sha256
+        mark["base"] = Path(name).name if Path(name).exists() else name
+        mark["files"] = file_entries(place)
         (place / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
     publish_directory(target, write, what="the merged model", needed_bytes=needed, replace=True)
     return report[0]
+
+
+def changes(adapter: Path, output: Path, *, dtype: str | None = None) -> list[str] | None:
+    """What is no longer as it was when `output` was merged, each as a clause; None: there is no merge of ours there.
+
+    Raises:
+        ModelError: no adapter there, or not its base.
+    """
+    try:
+        mark = json.loads((output / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    directory, run = find_adapter(adapter)
+    source = _source(directory, run, None)
+    now = _made_of(source, _stored(source, dtype)[1])
+    found = [f"{key} has changed" for key, value in now.items() if mark.get(key) != value]
+    merged = file_entries(output)
+    del merged[MARK]  # every file but itself
+    return found + ([] if mark.get("files") == merged else ["the merged files are not what was written"])
+
+
+def _made_of(source: Source, dtype: str) -> dict[str, Any]:
+    """What decides a merge: two of the same are the same."""
+    section = source.section
+    base = source.meta.base_sha256 or base_fingerprint(section.name_or_path, section.revision)
+    return {"adapter": file_entries(source.directory), "base_sha256": base, "dtype": dtype}
+
+
+def _stored(source: Source, dtype: str | None) -> tuple[Counter[str], str]:
+    """How many weights of each dtype the base has, and the dtype of the merged ones."""
+    weights = count_weights(weight_files(find_checkpoint(source.section.name_or_path, source.section.revision).path))
+    store = dtype or _NAMES.get(weights.most_common(1)[0][0], "float32")
+    if store not in DTYPES:
+        raise ModelError(f"--dtype: '{store}' is none of {', '.join(DTYPES)}")
+    return weights, store
 
 
 # --- what is merged ---------------------------------------------------------------------------------------------------
@@ -211,7 +245,8 @@ def find_adapter(path: Path) -> tuple[Path, Path | None]:
     return directory, run
 
 
-def _target(output: Path, overwrite: bool) -> Path:
+def check_target(output: Path, overwrite: bool) -> Path:
+    """`output`, if a merge may be written there; changes nothing."""
     if output.is_symlink():
         raise RunDirError(f"{output} is a symbolic link; name the directory itself as --output")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

@@ -159,12 +159,6 @@ def calibration(chosen: Tensor, rejected: Tensor, bins: int = 10) -> tuple[tuple
     return tuple(found), error
 
 
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r of two `[n]`; NaN where one of them does not vary."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    return float((x * y).sum() / (x.norm() * y.norm()))
-
-
 def llama2_combined(helpfulness: Tensor, safety: Tensor, unsafe_prompt: Tensor, threshold: float = 0.15) -> Tensor:
     """The one score of two reward models by the rule of Llama 2 (arXiv 2307.09288, section 3.2.3), `[S]`.
 

@@ -22,7 +22,7 @@ from tuner.types import Batch, Segment
 # Not named after "flash" or "sdpa": those strings switch on special cases inside transformers.
 NAME = "tuner_varlen"
 PAD = 16  # sizes of short segments are rounded up to a multiple of this
-SHORT = 512  # keys of a segment up to which batched matmuls beat torch's fused kernel on CPU in bf16
+SHORT = 1024  # keys of a segment up to which batched matmuls beat torch's fused kernel on CPU in bf16
 
 Plan = tuple[Segment, ...]
 
@@ -45,133 +45,143 @@ def _ranges(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 class _Bucket:
     """Segments of about one size, padded to it, so that one batched matmul serves them all.
 
-    b segments of P padded queries and L padded keys. A padded query repeats the segment's first one and its result is
-    thrown away; a padded key is hidden from every query that counts.
+    b segments of P padded queries and L padded keys; padding stands for row N, one behind the last, which is zero.
     """
 
     shape: tuple[int, int, int]  # b, P, L
     queries: Tensor  # [b P] row positions
     keys: Tensor  # [b L] row positions
-    hidden: Tensor  # [b, 1, 1, P, L] True where the key is not seen
-    real: Tensor  # [b P] True where the query is not padding
-    places: Tensor  # where in [b P] the real queries are
-    rows: Tensor  # their row positions
+    mask: Tensor  # [b, P, 1, L] float32; -inf where the key is not seen, else 0
+    own: Tensor  # where in [b L] the keys of the queries' own ranges are: each row is in one such range only
+    own_rows: Tensor  # their row positions
+    shared: tuple[tuple[int, int, int], ...]  # ranges that other segments see too: row positions, place in [b L]
 
-    def gather_queries(self, x: Tensor, groups: int) -> Tensor:
-        """`[N, heads, D]` -> `[b kv_heads, heads/kv_heads P, D]`."""
+    def pick_queries(self, x: Tensor) -> Tensor:
+        """`[kv_heads, N + 1, heads/kv_heads, D]` -> `[kv_heads b, P heads/kv_heads, D]`."""
         b, p, _ = self.shape
-        picked = x.index_select(0, self.queries).view(b, p, groups, -1, x.shape[-1])
-        return picked.permute(0, 2, 3, 1, 4).reshape(b * groups, -1, x.shape[-1])
+        return x.index_select(1, self.queries).view(x.shape[0] * b, p * x.shape[2], x.shape[3])
 
-    def gather_keys(self, x: Tensor) -> Tensor:
-        """`[N, kv_heads, D]` -> `[b kv_heads, L, D]`."""
+    def pick_keys(self, x: Tensor) -> Tensor:
+        """`[kv_heads, N + 1, 1, D]` -> `[kv_heads b, L, D]`."""
         b, _, length = self.shape
-        picked = x.index_select(0, self.keys).view(b, length, *x.shape[1:])
-        return picked.transpose(1, 2).reshape(-1, length, x.shape[-1])
+        return x.index_select(1, self.keys).view(x.shape[0] * b, length, x.shape[3])
 
     def put_queries(self, into: Tensor, x: Tensor) -> None:
-        """Writes `[b kv_heads, heads/kv_heads P, D]` to the rows of `into` `[N, heads, D]`, padding left out."""
+        """The way back of `pick_queries`; what comes for the padding lies in row N."""
         b, p, _ = self.shape
-        groups, dim = x.shape[0] // b, x.shape[-1]
-        flat = x.view(b, groups, -1, p, dim).permute(0, 3, 1, 2, 4).reshape(b * p, -1, dim)
-        into.index_copy_(0, self.rows, flat.index_select(0, self.places))
+        into.index_copy_(1, self.queries, x.view(into.shape[0], b * p, *into.shape[2:]))
 
     def add_keys(self, into: Tensor, x: Tensor) -> None:
-        """Adds `[b kv_heads, L, D]` to the rows of `into` `[N, kv_heads, D]`: a trunk's keys serve several branches."""
-        b, _, length = self.shape
-        flat = x.view(b, -1, length, x.shape[-1]).transpose(1, 2).reshape(b * length, -1, x.shape[-1])
-        into.index_add_(0, self.keys, flat)
+        """Adds the way back of `pick_keys`, without padding: a trunk's keys serve several branches."""
+        flat = x.view(into.shape[0], -1, *into.shape[2:])  # [kv_heads, b L, 1, D]
+        into.index_add_(1, self.own_rows, flat.index_select(1, self.own))
+        for start, stop, place in self.shared:
+            into[:, start:stop] += flat[:, place : place + stop - start]
+
+
+def _num_keys(segment: Segment) -> int:
+    return sum(stop - start for start, stop in segment.keys)
 
 
 @lru_cache(maxsize=4)  # every layer, forward and backward, asks for the same row
-def _buckets(plan: Plan, window: int | None) -> tuple[_Bucket, ...]:
+def _buckets(plan: Plan, rows: int, window: int | None) -> tuple[_Bucket, ...]:
     """The segments of a row by padded size."""
     sizes: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan:
         queries = segment.query[1] - segment.query[0]
-        keys = sum(stop - start for start, stop in segment.keys)
-        sizes.setdefault((_round_up(queries), _round_up(keys)), []).append(segment)
-    return tuple(_bucket(segments, *size, window) for size, segments in sizes.items())
+        sizes.setdefault((_round_up(queries), _round_up(_num_keys(segment))), []).append(segment)
+    return tuple(_bucket(segments, *size, rows, window) for size, segments in sizes.items())
+
+
+@lru_cache(maxsize=4)
+def _split(plan: Plan, limit: int) -> tuple[Plan, Plan]:
+    """The segments of up to `limit` keys, and the others."""
+    return tuple(s for s in plan if _num_keys(s) <= limit), tuple(s for s in plan if _num_keys(s) > limit)
 
 
 def _round_up(n: int) -> int:
     return -(-n // PAD) * PAD
 
 
-def _bucket(segments: Sequence[Segment], p: int, length: int, window: int | None) -> _Bucket:
+def _bucket(segments: Sequence[Segment], p: int, length: int, rows: int, window: int | None) -> _Bucket:
     b = len(segments)
-    queries, keys = torch.empty(b, p, dtype=torch.int64), torch.empty(b, length, dtype=torch.int64)
-    hidden = torch.ones(b, 1, 1, p, length, dtype=torch.bool)
-    real = torch.zeros(b, p, dtype=torch.bool)
+    queries, keys = torch.full((b, p), rows), torch.full((b, length), rows)
+    mask = torch.zeros(b, p, 1, length)  # padded queries see everything, so that their softmax is finite
+    own: list[Tensor] = []
+    shared: list[tuple[int, int, int]] = []
     for i, segment in enumerate(segments):
         start, stop = segment.query
-        seen = torch.cat([torch.arange(*part) for part in segment.keys])
-        n, m = stop - start, len(seen)
-        queries[i, :n], queries[i, n:] = torch.arange(start, stop), start
-        keys[i, :m], keys[i, m:] = seen, start
-        real[i, :n] = True
-        hidden[i, 0, 0, :n, :m] = ~segment_mask(n, m, window, queries.device)
-        hidden[i, 0, 0, n:, 0] = False  # a padded query sees something, so that its softmax is finite
-    places = real.view(-1).nonzero()[:, 0]
-    flat = queries.view(-1)
-    return _Bucket((b, p, length), flat, keys.view(-1), hidden, real.view(-1), places, flat[places])
+        n, m = stop - start, _num_keys(segment)
+        queries[i, :n] = torch.arange(start, stop)
+        keys[i, :m] = torch.cat([torch.arange(*part) for part in segment.keys])
+        mask[i, :n, 0].fill_(float("-inf"))
+        mask[i, :n, 0, :m].masked_fill_(segment_mask(n, m, window, mask.device), 0.0)
+        place = i * length
+        for first, last in segment.keys[:-1]:
+            shared.append((first, last, place))
+            place += last - first
+        own.append(torch.arange(place, place + n))
+    places = torch.cat(own)
+    flat = keys.view(-1)
+    return _Bucket((b, p, length), queries.view(-1), flat, mask, places, flat[places], tuple(shared))
+
+
+def _by_rows(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """`[1, heads, N, D]` -> `[groups, N + 1, heads/groups, D]` in `dtype`, with zeros in the last row."""
+    heads, rows, dim = x.shape[1:]
+    laid = torch.empty(groups, rows + 1, heads // groups, dim, dtype=dtype, device=x.device)
+    laid[:, :rows].copy_(x[0].unflatten(0, (groups, -1)).transpose(1, 2))
+    laid[:, rows:].zero_()
+    return laid
 
 
 class _ShortSegments(torch.autograd.Function):
-    """Every segment of a row by plain batched matmuls, for short segments in bf16 on CPU.
+    """Every segment of a plan by plain batched matmuls, for short segments in bf16 on CPU; other rows get zeros.
 
-    The fused CPU kernel of torch spends three times as long on forward and backward of a document of 170 tokens. Scores
-    and softmax are in fp32; probabilities are kept in the dtype of the inputs, as the fused kernel uses them, so memory
-    is the sum of queries x keys. Sizes are rounded up to a multiple of PAD: the matmul library compiles and keeps a
-    kernel for every size that it meets.
+    The backward of torch's fused CPU kernel takes several times as long. Scores and softmax are in fp32; probabilities
+    are kept in the dtype of the inputs, as the fused kernel uses them, so memory is the sum of queries x keys. Sizes
+    are rounded up to a multiple of PAD: the matmul library compiles and keeps a kernel for every size that it meets.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float, window: int | None
     ) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-        groups = k.shape[1]
-        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        groups, rows, dtype = key.shape[1], query.shape[2], value.dtype
+        q = _by_rows(query, groups, torch.float32).mul_(scaling)
+        k, v = _by_rows(key, groups, torch.float32), _by_rows(value, groups, dtype)
+        output = torch.zeros(q.shape, dtype=dtype)
         kept: list[Tensor] = []
-        with torch.autocast(query.device.type, enabled=False):  # which would take the scores back to bf16
-            for bucket in _buckets(plan, window):
+        buckets = _buckets(plan, rows, window)
+        with torch.autocast("cpu", enabled=False):  # which would take the scores back to bf16
+            for bucket in buckets:
                 b, p, length = bucket.shape
-                scores = torch.bmm(
-                    bucket.gather_queries(q, groups).float().mul_(scaling),
-                    bucket.gather_keys(k).float().transpose(1, 2),
-                )
-                scores.view(b, groups, -1, p, length).masked_fill_(bucket.hidden, float("-inf"))
-                probabilities = torch.softmax(scores, dim=-1).to(v.dtype)
-                bucket.put_queries(output, torch.bmm(probabilities, bucket.gather_keys(v)))
+                scores = torch.bmm(bucket.pick_queries(q), bucket.pick_keys(k).transpose(1, 2))
+                scores.view(groups, b, p, -1, length).add_(bucket.mask)
+                probabilities = torch.softmax(scores, dim=-1, out=scores).to(dtype)
+                bucket.put_queries(output, torch.bmm(probabilities, bucket.pick_keys(v)))
                 kept.append(probabilities)
-        ctx.save_for_backward(query, key, value, output, *kept)
-        ctx.buckets, ctx.scaling = _buckets(plan, window), scaling
-        return output[None]
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.buckets, ctx.scaling = buckets, scaling
+        return output[:, :rows].transpose(0, 1).reshape(1, rows, -1, query.shape[3])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *kept = ctx.saved_tensors
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        groups, g = k.shape[1], grads[0][0]
-        grad_query = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_key = torch.zeros_like(k, memory_format=torch.contiguous_format)
-        grad_value = torch.zeros_like(v, memory_format=torch.contiguous_format)
-        # sum over dP * P of a row of probabilities is dO . O
-        delta = (g.float() * output).sum(-1, keepdim=True)  # [N, heads, 1]
+        query, key, value, *kept = ctx.saved_tensors
+        groups, rows, dtype = key.shape[1], query.shape[2], query.dtype
+        q, k, v = (_by_rows(x, groups, dtype) for x in (query, key, value))
+        g = _by_rows(grads[0].transpose(1, 2), groups, dtype)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         for bucket, p in zip(ctx.buckets, kept, strict=True):
-            padding = ~bucket.real
-            go = g.index_select(0, bucket.queries).masked_fill_(padding[:, None, None], 0.0)
-            b, rows, _ = bucket.shape
-            go = go.view(b, rows, groups, -1, g.shape[-1]).permute(0, 2, 3, 1, 4).reshape(b * groups, -1, g.shape[-1])
-            grad_scores = torch.bmm(go, bucket.gather_keys(v).transpose(1, 2)).float()
-            grad_scores.sub_(bucket.gather_queries(delta, groups)).mul_(p).mul_(ctx.scaling)
-            ds = grad_scores.to(q.dtype)
-            ds.view(b, groups, -1, rows, ds.shape[-1]).masked_fill_(padding.view(b, 1, 1, rows, 1), 0.0)
-            bucket.put_queries(grad_query, torch.bmm(ds, bucket.gather_keys(k)))
-            bucket.add_keys(grad_key, torch.bmm(ds.transpose(1, 2), bucket.gather_queries(q, groups)))
-            bucket.add_keys(grad_value, torch.bmm(p.transpose(1, 2), go))
-        back = (x.transpose(0, 1)[None] for x in (grad_query, grad_key, grad_value))
+            go = bucket.pick_queries(g)
+            grad_p = torch.bmm(go, bucket.pick_keys(v).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, dtype)
+            bucket.put_queries(grad_q, torch.bmm(grad_scores, bucket.pick_keys(k)))
+            bucket.add_keys(grad_k, torch.bmm(grad_scores.transpose(1, 2), bucket.pick_queries(q)))
+            bucket.add_keys(grad_v, torch.bmm(p.transpose(1, 2), go))
+        grad_q.mul_(ctx.scaling)
+        grad_k.mul_(ctx.scaling)
+        back = (x[:, :rows].transpose(1, 2).flatten(0, 1)[None] for x in (grad_q, grad_k, grad_v))
         return (*back, None, None, None)
 
 
@@ -228,10 +238,15 @@ def tuner_varlen(
     if torch.is_autocast_enabled(query.device.type):  # rotated in fp32 when the residual stream is
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    longest = max(sum(stop - start for start, stop in segment.keys) for segment in tuner_plan)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and longest <= SHORT and not dropout:
-        return _ShortSegments.apply(query, key, value, tuner_plan, scaling, sliding_window), None
-    return _by_segments(query, key, value, tuner_plan, scaling, dropout, sliding_window), None
+    limit = SHORT if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout else 0
+    short, long = _split(tuner_plan, limit)
+    if not short:
+        return _by_segments(query, key, value, tuner_plan, scaling, dropout, sliding_window), None
+    output = _ShortSegments.apply(query, key, value, short, scaling, sliding_window)
+    if long:
+        rows = torch.cat([torch.arange(*segment.query) for segment in long])
+        output = output.index_copy(1, rows, _by_segments(query, key, value, long, scaling, dropout, sliding_window))
+    return output, None
 
 
 def _mask_is_the_plan(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:

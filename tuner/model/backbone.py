@@ -1,4 +1,4 @@
-"""Batch -> the hidden state at every position of its row: what policies and reward models share.
+"""Batch -> the last hidden state where a head reads it: what policies and reward models share.
 
 DDP and FSDP hook the forward of what they wrap, so scoring happens inside the forward of a subclass. The backbone is
 called directly and the heads are ours; nothing is patched.
@@ -7,13 +7,16 @@ called directly and the heads are ours; nothing is patched.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuner.kernels import BACKENDS
+from tuner.kernels.token_logps.reference import ROW_MULTIPLE
 from tuner.model import attention
+from tuner.model.fuse import PickingLayer
 from tuner.types import Batch
 
 
@@ -41,6 +44,7 @@ class Backbone(nn.Module):
         self.attn_implementation = attn_implementation
         self.ops = BACKENDS[kernels]
         self.inner.set_attn_implementation(attn_implementation)
+        self._picks = isinstance(self.inner.model.layers[-1], PickingLayer)
         # Parameters stored wider than the compute dtype are cast at each use. The fused adapters do so themselves, and
         # score heads stay in fp32; what else is wider (full fine-tuning, modules_to_save) goes through autocast.
         casts = [p for name, p in lm.named_parameters() if "lora_" not in name and "score." not in name]
@@ -60,9 +64,17 @@ class Backbone(nn.Module):
         """Casts what is stored wider than the compute dtype, where anything is."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """The last hidden state at every position of the row, `[N, H]`."""
+    def hidden_states(self, batch: Batch, at: Tensor) -> Tensor:
+        """The last hidden state at the positions `at` of the row: `[M]` int64 -> `[M, H]`.
+
+        A fused last layer runs its MLP at these positions alone, for nothing else reads what it gives.
+        """
+        count = len(at)
+        if at.device.type == "cpu":
+            at = F.pad(at, (0, -count % ROW_MULTIPLE))  # sizes had better recur; what is computed twice is not read
         arguments: dict[str, object] = {"use_cache": False}
+        if self._picks:
+            arguments["tuner_at"] = at
         if self.attn_implementation == attention.NAME:
             arguments["tuner_plan"] = batch.plan
         else:
@@ -71,7 +83,8 @@ class Backbone(nn.Module):
             output = self.inner.model(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], **arguments
             )
-        return output.last_hidden_state[0]
+        states = output.last_hidden_state[0]
+        return (states if self._picks else states.index_select(0, at))[:count]
 
     def _mask(self, batch: Batch) -> Tensor:
         seen = attention.dense_mask(batch, self.inner.config.to_dict().get("sliding_window"))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 
 from tuner.model import quantize
 
@@ -201,6 +201,36 @@ class FusedMistralMLP(MistralMLP):
         return _mlp_forward(self, x)
 
 
+class PickingLayer:
+    """A last decoder layer that, told where its output will be read, runs its MLP there alone."""
+
+
+def _picking_forward(layer: Any, original: Any, x: Tensor, *, at: Tensor | None, **kwargs: Any) -> Tensor:
+    if at is None:
+        return original(x, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)
+    x = x.index_select(1, at) + attended.index_select(1, at)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+class LastLlamaDecoderLayer(PickingLayer, LlamaDecoderLayer):
+    """`tuner_at` `[M]` names the positions that are read; `[1, N, H]` -> `[1, M, H]`."""
+
+    def forward(self, *args: Any, tuner_at: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return _picking_forward(self, super().forward, *args, at=tuner_at, **kwargs)
+
+
+class LastMistralDecoderLayer(PickingLayer, MistralDecoderLayer):
+    """`tuner_at` `[M]` names the positions that are read; `[1, N, H]` -> `[1, M, H]`."""
+
+    def forward(self, *args: Any, tuner_at: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return _picking_forward(self, super().forward, *args, at=tuner_at, **kwargs)
+
+
+LAST: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaDecoderLayer: LastLlamaDecoderLayer,
+    MistralDecoderLayer: LastMistralDecoderLayer,
+}
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     lora.Linear: FusedLoraLinear,
     lora.Linear4bit: FusedLoraLinear4bit,
@@ -216,8 +246,9 @@ _SILU_ONLY = (LlamaMLP, MistralMLP)  # a checkpoint may name another activation
 def fuse(model: nn.Module) -> dict[str, int]:
     """Swaps every module that the table knows; returns how many of each class were swapped."""
     counts: dict[str, int] = {}
+    last = {id(m[-1]) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)}
     for module in model.modules():
-        fused = FUSED.get(type(module))
+        fused = (LAST if id(module) in last else FUSED).get(type(module))
         if fused is None or (isinstance(module, _SILU_ONLY) and module.config.hidden_act != "silu"):
             continue
         module.__class__ = fused

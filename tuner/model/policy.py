@@ -21,14 +21,14 @@ class Policy(Backbone):
         """`[V, H]`: the weight that turns states into logits, including whatever trains on it."""
         return head_weight(self.inner.get_output_embeddings())
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, *, collision: bool = False) -> Tensor:
         """Log-probability of each target of the batch, natural logarithms.
 
         Returns:
-            `[M]` float32.
+            `[M]` float32; with `collision` `[2, M]`, the second row log Σ_v p(v)² of each prediction, without gradient.
         """
-        picked = self.hidden_states(batch).index_select(0, batch.predict_at).to(self.compute_dtype)
-        return self.ops["token_logps"](picked, self.head_weight(), batch.targets)
+        picked = self.hidden_states(batch, batch.predict_at).to(self.compute_dtype)
+        return self.ops["token_logps"](picked, self.head_weight(), batch.targets, collision=collision)
 
     @contextmanager
     def generation_mode(self) -> Iterator[PreTrainedModel | PeftModel]:

@@ -22,5 +22,5 @@ class RewardModel(Backbone):
         Returns:
             `[S]` float32.
         """
-        ends = self.hidden_states(batch).index_select(0, batch.seq_end)
+        ends = self.hidden_states(batch, batch.seq_end)
         return F.linear(ends.float(), self.head_weight().float())[:, 0]  # in bf16 few rewards would be distinct

@@ -1,16 +1,15 @@
 """A recipe file and its overrides -> one frozen, checked `Recipe`. Imports no torch.
 
 `load` refuses what is wrong in one sentence with the place, the key, the value and the remedy, and resolves the paths
-that a recipe names. `schema.py` holds the sections, `yaml12.py` reads the text, `rules.py` words what is wrong,
-`paths.py` finds files, `shipped.py` copies the recipes that ship.
+that a recipe names. `schema.py` holds the sections, `yaml12.py` and `read.py` read the text, `rules.py` words what is
+wrong, `paths.py` finds files, `shipped.py` copies the recipes that ship, `pipeline.py` puts several recipes in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from tuner.errors import RecipeError
-from tuner.recipe import yaml12
 from tuner.recipe.paths import find_input, is_hub_id
+from tuner.recipe.read import read, with_overrides
 from tuner.recipe.rules import PREFERENCE, check_rules, find, first_error, idle_keys, show
 from tuner.recipe.schema import (
     DEFAULT_LOSSES,
@@ -36,7 +35,6 @@ from tuner.recipe.schema import (
     Scoring,
     TrainSection,
 )
-from tuner.recipe.shipped import shipped_recipes
 from tuner.recipe.yaml12 import Node
 from tuner.registry import did_you_mean
 
@@ -54,6 +52,7 @@ __all__ = [
     "RecipeError",
     "Scoring",
     "TrainSection",
+    "build",
     "dump",
     "flatten",
     "is_hub_id",
@@ -63,10 +62,8 @@ __all__ = [
     "resolved",
 ]
 
-MAX_BYTES = 64 * 1024
-_SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}|://[^\s/:@]+:[^\s/@]+@"
-)
+# (text of a path, the value it stands in, its key, whether it may be a Hub id) -> the path made absolute
+FindInput = Callable[[str, Node, str, bool], str]
 
 
 def load(
@@ -79,7 +76,15 @@ def load(
     written (a finished run's own recipe may outlive its data). Raises RecipeError.
     """
     file = Path(path).expanduser()
-    root = _with_overrides(_read(file), overrides)
+
+    def find_beside(text: str, node: Node, name: str, hub: bool) -> str:
+        return find_input(text, file, f"{node.place}: {name}", hub=hub)
+
+    return build(with_overrides(read(file), overrides), stage, find_beside if find_inputs else None)
+
+
+def build(root: Node, stage: str | None, find_input: FindInput | None) -> Recipe:
+    """The recipe that a tree of sections holds, checked; `find_input` makes its paths absolute (None: as written)."""
     root = _check_shape(root, stage)
     try:
         recipe = Recipe.model_validate(root.plain())
@@ -87,7 +92,7 @@ def load(
         raise first_error(error, root) from None
     recipe = _of_stage(recipe, stage or recipe.stage or "sft", given=stage or recipe.stage)
     check_rules(recipe, root)
-    return _find_inputs(recipe, root, file) if find_inputs else recipe
+    return recipe if find_input is None else _find_inputs(recipe, root, find_input)
 
 
 def _of_stage(recipe: Recipe, stage: str, given: str | None) -> Recipe:
@@ -147,7 +152,7 @@ def overridden(given: Scoring, overrides: Sequence[str], reads: Sequence[str]) -
     Raises:
         RecipeError: an override that is malformed, has no effect, or has a value that its key cannot take.
     """
-    root = _with_overrides(Node({}, "the command line", 0), overrides)
+    root = with_overrides(Node({}, "the command line", 0), overrides)
     tree = given.model_dump()
     for section, node in root.plain().items():
         for name, value in (node if isinstance(node, dict) else {"": node}).items():
@@ -163,88 +168,6 @@ def overridden(given: Scoring, overrides: Sequence[str], reads: Sequence[str]) -
         raise first_error(error, root) from None
 
 
-def _read(file: Path) -> Node:
-    """The file's mapping; every RecipeError names the file."""
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        known = shipped_recipes()
-        if file.stem in known and file.suffix in ("", ".yaml", ".yml"):
-            remedy = f"; a recipe of this name ships with tuner: write it here with `tuner recipes copy {file.stem}`"
-        else:
-            remedy = did_you_mean(file.stem, known) + "; `tuner recipes list` names those that ship"
-        raise RecipeError(f"there is no recipe at '{file}'{remedy}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"'{file}' is a folder; give the recipe file in it") from None
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe '{file}': {error.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise RecipeError(f"'{file}' is larger than {MAX_BYTES // 1024} KiB, which no recipe needs; is it data?")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{file}:{line}: not UTF-8 text; save the recipe as UTF-8") from None
-    for number, line_text in enumerate(text.splitlines(), 1):
-        _refuse_secret(line_text, f"{file}:{number}")
-    root = yaml12.parse(text, str(file))
-    if root is None or root.value is None:
-        raise RecipeError(f"'{file}' is empty; start from one that ships: `tuner recipes list`")
-    if not isinstance(root.value, dict):
-        raise RecipeError(
-            f"{root.place}: a recipe is a mapping of sections (model:, data:, train:), not {show(root.plain())}"
-        )
-    return dataclasses.replace(root, place=str(file))
-
-
-def _refuse_secret(text: str, place: str) -> None:
-    if _SECRET.search(text):
-        raise RecipeError(f"{place}: this looks like a credential; remove it, and log in with `hf auth login` instead")
-
-
-def _with_overrides(root: Node, overrides: Sequence[str]) -> Node:
-    seen: set[str] = set()
-    for i, text in enumerate(overrides):
-        _refuse_secret(text, "override")
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        place = f"override '{show(text)[1:-1]}'"
-        if not equals or not key or not all(key.split(".")):
-            raise RecipeError(f"{place}: an override has the form section.key=value")
-        if key in seen:
-            raise RecipeError(f"{place}: {key} is given twice; keep one")
-        seen.add(key)
-        line = 2**20 + i  # after every line of the file
-        node = yaml12.parse(value, place, numbered=False) or Node(None, place, line)
-        root = _set(root, key.split("."), dataclasses.replace(node, line=line), place)
-    return root
-
-
-def _set(node: Node, path: Sequence[str], new: Node, place: str, done: str = "") -> Node:
-    """A copy of `node` with `new` at `path`; a null takes a known key out, back to its default."""
-    if not isinstance(node.value, dict):
-        raise RecipeError(f"{place}: {done} is {show(node.plain())} in the recipe, not a section; give {done} whole")
-    name, rest = path[0], path[1:]
-    children = dict(node.value)
-    where = f"{done}.{name}" if done else name
-    if rest:
-        child = children.get(name)
-        if child is None or child.value is None:
-            child = Node({}, place, new.line)
-        children[name] = _set(child, rest, new, place, where)
-    elif new.value is None and _is_known(where):
-        children.pop(name, None)
-    else:
-        children[name] = new
-    return dataclasses.replace(node, value=children)
-
-
-def _is_known(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return name in SECTIONS[section].model_fields if section in SECTIONS and name else key in Recipe.model_fields
-
-
 def _check_shape(root: Node, stage: str | None) -> Node:
     """Empty sections become sections of defaults, and the stage is compared with the command."""
     assert isinstance(root.value, dict)
@@ -257,6 +180,8 @@ def _check_shape(root: Node, stage: str | None) -> Node:
                     f"or remove the line to train all weights"
                 )
             sections[name] = dataclasses.replace(node, value={})
+    if "stages" in sections:
+        raise RecipeError(f"{sections['stages'].place}: this is a pipeline, of several stages; run it with `tuner run`")
     given = sections.get("stage")
     if stage is not None and given is not None and given.value not in (None, stage):
         known = did_you_mean(str(given.value), [stage])
@@ -265,12 +190,12 @@ def _check_shape(root: Node, stage: str | None) -> Node:
     return dataclasses.replace(root, value=sections)
 
 
-def _find_inputs(recipe: Recipe, root: Node, file: Path) -> Recipe:
+def _find_inputs(recipe: Recipe, root: Node, find_input: FindInput) -> Recipe:
     """The recipe with every path that it reads made absolute."""
 
     def found(key: tuple[str | int, ...], text: str, hub: bool) -> str:
         name = ".".join(str(step) for step in key if not isinstance(step, int))
-        return find_input(text, file, f"{find(root, key).place}: {name}", hub=hub)
+        return find_input(text, find(root, key), name, hub)
 
     def local_only(key: tuple[str | int, ...], path: str, revision: str | None) -> None:
         if revision is not None and not is_hub_id(path):
@@ -298,4 +223,7 @@ def _find_inputs(recipe: Recipe, root: Node, file: Path) -> Recipe:
     if recipe.adapter is not None and recipe.adapter.path is not None:
         path = found(("adapter", "path"), recipe.adapter.path, False)
         update["adapter"] = recipe.adapter.model_copy(update={"path": path})
+    if recipe.reference.model != "auto":
+        path = found(("reference", "model"), recipe.reference.model, True)
+        update["reference"] = recipe.reference.model_copy(update={"model": path})
     return recipe.model_copy(update=update)

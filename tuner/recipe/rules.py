@@ -224,6 +224,8 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
     idle: dict[str, str] = {}
     if recipe.stage != "dpo":
         idle |= dict.fromkeys(("reference.model", "reference.cache"), "only `tuner dpo` compares with a reference")
+        idle["data.train_control_tokens"] = "only `tuner dpo` may leave them out: without them nothing teaches to stop"
+        idle["eval.prompts"] = "only `tuner dpo` answers held-out prompts"
     if recipe.stage == "reward":
         reason = "a reward model writes no text"
         idle |= {f"generate.{key}": reason for key in SECTIONS["generate"].model_fields}
@@ -246,7 +248,9 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
     if recipe.data.eval is None and recipe.eval.questions is None:
         reason = "there is nothing to evaluate on (set data.eval or eval.questions)"
         idle |= {f"eval.{key}": reason for key in SECTIONS["eval"].model_fields if key != "questions"}
-    elif recipe.eval.questions is None:
+    elif recipe.data.eval is None:
+        idle.setdefault("eval.prompts", "there are no held-out rows (set data.eval)")
+    elif recipe.eval.questions is None and recipe.stage != "dpo":
         idle["eval.samples"] = "there are no eval.questions"
     if recipe.generate.temperature == 0:
         idle |= dict.fromkeys(("generate.top_k", "generate.top_p"), "generate.temperature is 0, which is greedy")

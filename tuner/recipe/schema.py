@@ -160,6 +160,11 @@ class DataSection(Section):
     ghost_attention: bool = Field(
         False, description="A system instruction holds through all turns: said once, and only the last answer trained."
     )
+    train_control_tokens: bool = Field(
+        True,
+        description="Control tokens of the answers (terminators, tool tags) count in their log-probs; false leaves "
+        "them out (arXiv 2407.21783, 4.1.4).",
+    )
     parse_control_tokens: bool = Field(
         False, description="Read control tokens spelt in `text` rows as such: for pre-templated files you trust."
     )
@@ -240,8 +245,13 @@ class EvalSection(Section):
         None, description="Stop after this many evaluations without a better metric."
     )
     load_best: bool = Field(False, description="The result is the checkpoint with the best metric.")
+    prompts: Annotated[int, Field(ge=0)] = Field(
+        64, description="Held-out prompts that `tuner dpo` answers, for the KL to the reference and the lengths."
+    )
     samples: Annotated[int, Field(ge=0)] = Field(
-        0, description="Wrong answers to eval.questions to show after training."
+        0,
+        description="Answers to show: wrong ones to eval.questions after training; with `tuner dpo` those to so many "
+        "held-out prompts, before and after.",
     )
 
 

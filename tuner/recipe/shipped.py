@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tuner.errors import RecipeError
@@ -49,18 +49,19 @@ def inputs(recipe: Recipe) -> list[str]:
     paths = [recipe.model.name_or_path, *(source.path for source in (*recipe.data.train, *held_out))]
     adapter = recipe.adapter.path if recipe.adapter is not None else None
     paths += [path for path in (recipe.eval.questions, adapter) if path is not None]
+    paths += [recipe.reference.model] if recipe.reference.model != "auto" else []
     return list(dict.fromkeys(paths))
 
 
-def copy_out(file: Path, recipe: Recipe, folder: Path) -> tuple[Path, list[Path]]:
-    """Copies a shipped recipe to `folder/recipes/`, and what it reads of the shipped data to `folder/data/`.
+def copy_out(file: Path, reads: Sequence[str], folder: Path) -> tuple[Path, list[Path]]:
+    """Copies a shipped recipe to `folder/recipes/`, and what it reads of what ships (`reads`) beside it.
 
     Returns the recipe's path in `folder` and the files written; files that are there already with the same bytes are
     left alone. Raises RecipeError, before anything is written, if a file of another content is in the way.
     """
     root = file.parent.parent
     sources = [file]
-    for path in (root / text for text in inputs(recipe)):
+    for path in (root / text for text in reads if text.startswith(("recipes/", "data/"))):
         sources += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     targets = {source: folder / source.relative_to(root) for source in sources if source.is_file()}
     for source, target in targets.items():

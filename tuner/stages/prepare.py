@@ -22,6 +22,7 @@ from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entr
 from tuner.data.check import check
 from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
+from tuner.data.fit import Fit
 from tuner.data.formats import Kind
 from tuner.data.render import Renderer
 from tuner.data.report import place
@@ -54,6 +55,8 @@ from tuner.model.load import (
 from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
+from tuner.stages.rows import accepted
+from tuner.train.answers import Answers
 from tuner.train.loop import Stage
 from tuner.train.metrics import tracker_classes
 from tuner.train.session import Session
@@ -167,6 +170,8 @@ def _reads(recipe: Recipe) -> dict[str, str]:
         reads["eval.questions"] = recipe.eval.questions
     if recipe.adapter is not None and recipe.adapter.path is not None:
         reads["adapter.path"] = recipe.adapter.path
+    if recipe.reference.model != "auto":
+        reads["reference.model"] = recipe.reference.model
     return reads
 
 
@@ -199,20 +204,26 @@ def _hash_questions(questions: Sequence[Question]) -> str:
     return hashlib.sha256(repr(questions).encode()).hexdigest() if questions else "none"
 
 
-def data(recipe: Recipe, devices: Devices, console: Console, accepts: Sequence[Kind] = ("chat", "text")) -> Data:
+def data(
+    recipe: Recipe,
+    devices: Devices,
+    console: Console,
+    accepts: Sequence[Kind] = ("chat", "text"),
+    fit: Fit | None = None,
+) -> Data:
     """Reads, renders and plans; prints what was found, and every row that was left out.
 
-    `accepts` are the kinds of rows that the stage can use.
+    `accepts` are the kinds of rows that the stage can use, and `fit` is what its loss reads of each.
     """
     section, train = recipe.data, recipe.train
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.revision)
     template = choose_template(section.train, section, tokenizer)
-    split = load_split(section.train, section, tokenizer, template, seed=train.seed, accepts=accepts)
+    split = load_split(section.train, section, tokenizer, template, seed=train.seed, accepts=accepts, fit=fit)
     held_out: Split | None = None
     if isinstance(section.eval, float):
         split, held_out = holdout(split, section.eval)
     elif section.eval:
-        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed, accepts=accepts)
+        held_out = load_split(section.eval, section, tokenizer, template, seed=train.seed, accepts=accepts, fit=fit)
     questions = read_questions(recipe.eval.questions) if recipe.eval.questions else ()
     assert isinstance(train.microbatch_tokens, int)
     plan = Plan(
@@ -236,12 +247,15 @@ def data(recipe: Recipe, devices: Devices, console: Console, accepts: Sequence[K
 def check_data(recipe: Recipe) -> CheckReport:
     """What is wrong with the data of a recipe, and what training would make of it on this machine."""
     devices, data, train = find_devices(), recipe.data, recipe.train
+    accepts, fit = accepted(recipe)
     return check(
         data,
         train,
         load_tokenizer(recipe.model.name_or_path, recipe.model.revision),
         microbatch_tokens=resolve_microbatch(train.microbatch_tokens, devices.device, data.max_length),
         world_size=devices.world_size,
+        accepts=accepts,
+        fit=fit,
     )
 
 
@@ -255,7 +269,8 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     say("data", found.train.report.lines())
     if found.held_out:
         say("held out", found.held_out.report.lines())
-    ends = found.renderer.terminator_ids if recipe.data.train_on != "all" else ()
+    taught = recipe.data.train_on != "all" and recipe.data.train_control_tokens
+    ends = found.renderer.terminator_ids if taught else ()
     held_out = found.held_out.tokens if isinstance(recipe.data.eval, tuple) and found.held_out else None
     say("check", brief(found.train.tokens, held_out, bos=found.tokenizer.bos_token_id, terminators=ends))
     template = found.template.name if found.template else "none (raw text)"
@@ -288,13 +303,15 @@ class Opened:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _identity(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
+def identity_of(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
     """What a resumed run must find unchanged: keys of the recipe, and hashes of what it reads."""
     keys = {k: v for k, v in recipes.flatten(recipe).items() if k not in KNOWN_BY_CONTENT}
     identity = keys | data.identity() | {"model (weights)": base_sha256}
     if recipe.adapter is not None and recipe.adapter.path is not None:
         start = adapter_directory(Path(recipe.adapter.path))
         identity["adapter.path (files)"] = {name: entry["sha256"] for name, entry in file_entries(start).items()}
+    if recipe.reference.model != "auto":
+        identity["reference.model"] = f"sha256 {base_fingerprint(recipe.reference.model)}"
     return identity
 
 
@@ -315,7 +332,7 @@ def open_run(
     with ExitStack() as stack:
         try:
             base_sha256 = base_fingerprint(recipe.model.name_or_path, recipe.model.revision)
-            identity = _identity(recipe, data, base_sha256)
+            identity = identity_of(recipe, data, base_sha256)
             run = RunDir.create(
                 Path(recipe.train.output_dir),
                 recipes.dump(recipe),
@@ -469,7 +486,14 @@ def _print_model(recipe: Recipe, policy: Backbone, fused: Mapping[str, int], con
 
 
 def session(
-    recipe: Recipe, machine: Machine, data: Data, opened: Opened, model: Model[Any], stage: Stage, console: Console
+    recipe: Recipe,
+    machine: Machine,
+    data: Data,
+    opened: Opened,
+    model: Model[Any],
+    stage: Stage,
+    console: Console,
+    answers: Answers | None = None,
 ) -> Session:
     """The run of a stage, ready to train."""
     return Session(
@@ -486,4 +510,5 @@ def session(
         tokenizer=data.tokenizer,
         save_result=model.save_result,
         console=console,
+        answers=answers,
     )

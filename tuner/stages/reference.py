@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 ReferenceLogps = Callable[[Batch, Sequence[Tokens]], Tensor]
 
 
-def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy, console: Console) -> ReferenceLogps:
+def make_reference(
+    recipe: Recipe, machine: Machine, data: Data, policy: Policy, console: Console
+) -> tuple[ReferenceLogps, Reference | None]:
     """The reference that a recipe asks for: the policy as it is now, or another model that never trains.
+
+    Returns:
+        Its log-probs of the data; and what scores any other text, None where kept log-probs let it leave memory.
 
     Raises:
         ModelError: the other model cannot be used, or reads other tokens.
@@ -51,7 +56,7 @@ def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy,
     copied = f", a copy of {reference.copied_bytes / 1e6:,.1f} MB" if reference.copied_bytes else ""
     console.print(f"reference {name}{copied}{', log-probs kept on disk' if section.cache else ''}")
     if not section.cache:
-        return lambda batch, samples: reference(batch)
+        return lambda batch, samples: reference(batch), reference
     stores = [data.train.tokens, *([data.held_out.tokens] if data.held_out else [])]
     capacity = recipe.train.microbatch_tokens
     assert isinstance(capacity, int)
@@ -60,7 +65,8 @@ def make_reference(recipe: Recipe, machine: Machine, data: Data, policy: Policy,
     for store in stores:
         kept.work_out(reference, store, capacity)
     kept.save()
-    return kept
+    is_free = section.model == "auto" and not reference.copied_bytes  # the policy without its adapter
+    return kept, reference if is_free else None
 
 
 def _weights_hash(policy: Policy) -> str:

@@ -16,6 +16,7 @@ from tuner.data.report import place
 from tuner.errors import DataError
 from tuner.losses import reward
 from tuner.losses.bound import Bound
+from tuner.losses.measures import correlation
 from tuner.model.reward import RewardModel
 from tuner.recipe import Recipe
 from tuner.stages import prepare
@@ -81,14 +82,14 @@ class Reward:
         lists, better, worse = reward.pairs_of(ranked).nonzero(as_tuple=True)
         chosen, rejected = scores[lists, better], scores[lists, worse]
         there = reward.present(ranked)
-        found = {
+        found: dict[str, float | None] = {
             "calibration_error": reward.calibration(chosen, rejected)[1],
             "longer_is_better": float(reward.accuracy(lengths[lists, better], lengths[lists, worse]).mean()),
-            "reward_length_correlation": reward.correlation(scores[there], lengths[there]),
+            "reward_length_correlation": correlation(scores[there], lengths[there]),
         }
         with_margin = ~constants[:, 1].isnan()
         right = reward.accuracy(scores[with_margin, 0], scores[with_margin, 1])
-        return {k: v for k, v in found.items() if not math.isnan(v)} | _by_margin(right, constants[with_margin, 1])
+        return {k: v for k, v in found.items() if v is not None} | _by_margin(right, constants[with_margin, 1])
 
     def _ranked(self, scores: Tensor, constants: Tensor) -> Ranked:
         margins = constants[:, 1] if "margins" in self.loss.needs else None

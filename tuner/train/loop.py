@@ -11,7 +11,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeGuard, runtime_checkable
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tuner.data.pack import pack
+from tuner.data.pack import bins, pack
 from tuner.data.report import place
 from tuner.data.stream import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
@@ -77,6 +78,21 @@ class ScoringStage(Stage, Protocol):
 
     def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
         """What else an evaluation reports, of all held-out samples at once: what is no sum over them."""
+
+
+@runtime_checkable
+class ProbingStage(ScoringStage, Protocol):
+    """A stage whose loss is a sum over samples once it knows something of the whole step that has no gradient.
+
+    That is measured on samples of its own, probes, before the first microbatch; so the step itself is run only once,
+    and does not depend on how it is divided.
+    """
+
+    def probes(self, samples: Sequence[Tokens]) -> Sequence[Tokens]:
+        """What to score for a step over `samples`, which alone decide it."""
+
+    def informed(self, scores: Tensor, constants: Tensor) -> Stage:
+        """The stage of this step, from `[probes, K]` and `[probes, C]`; with no probes both are empty."""
 
 
 @dataclass
@@ -186,7 +202,8 @@ class Loop:
         denominators = self.stage.denominators(whole)
         mine = [[self.samples[i] for i in ids] for ids in self.plan.microbatches(step, self.devices.rank)]
         self.module.train()
-        sums = self._accumulate_all(mine, whole[:1], denominators)
+        stage = inform(self.stage, self.policy, whole, self.plan.microbatch_tokens, self.devices)
+        sums = self._accumulate_all(stage, mine, whole[:1], denominators)
         values = self._total(sums) / torch.tensor(list(denominators.values()), dtype=torch.float64)
         losses = dict(zip(denominators, values.tolist(), strict=True))
         norm = clip(self.policy.parameters(), self.max_grad_norm)
@@ -212,22 +229,28 @@ class Loop:
         )
 
     def _accumulate_all(
-        self, mine: Sequence[Sequence[Tokens]], filler: Sequence[Tokens], denominators: Mapping[str, float]
+        self,
+        stage: Stage,
+        mine: Sequence[Sequence[Tokens]],
+        filler: Sequence[Tokens],
+        denominators: Mapping[str, float],
     ) -> list[Tensor]:
         """Adds the gradient of every microbatch of this rank; returns the sums `[names]` of each.
 
         A rank with no microbatch left runs `filler` all the same, times zero, so that no collective waits for it.
         """
-        replay = self._replay(mine, denominators) if _is_whole_step(self.stage) else None
+        replay = self._replay(stage, mine, denominators) if _is_whole_step(stage) else None
         sums = []
         for i, samples in enumerate(mine):
             with no_sync(self.module, last=i == len(mine) - 1):
                 coefficients = replay.coefficients[i] if replay and samples else None
-                sums.append(self._accumulate(samples or filler, denominators, coefficients, weightless=not samples))
+                given = samples or filler
+                sums.append(self._accumulate(stage, given, denominators, coefficients, weightless=not samples))
         return [replay.sums] if replay else sums
 
     def _accumulate(
         self,
+        stage: Stage,
         samples: Sequence[Tokens],
         denominators: Mapping[str, float],
         coefficients: Tensor | None,
@@ -236,28 +259,23 @@ class Loop:
     ) -> Tensor:
         """Adds the gradient of one microbatch; returns its sums in the order of `denominators`."""
         batch = self._batch(samples)
-        try:
-            if _is_whole_step(self.stage):
-                scores = self.stage.scores(self.module, batch, samples)
+        with _memory_for(batch):
+            if _is_whole_step(stage):
+                scores = stage.scores(self.module, batch, samples)
                 loss = (scores * (torch.zeros_like(scores) if coefficients is None else coefficients)).sum()
                 values = torch.zeros(len(denominators), dtype=torch.float64)
             else:
-                sums = self.stage.losses(self.module, batch, samples)
-                loss = torch.stack([sums[name] / denominators[name] for name in self.stage.terms]).sum()
+                sums = stage.losses(self.module, batch, samples)
+                loss = torch.stack([sums[name] / denominators[name] for name in stage.terms]).sum()
                 values = torch.stack([sums[name].detach() for name in denominators]).double()
             loss = loss * self.devices.world_size  # DDP averages over ranks
             (loss * 0.0 if weightless else loss).backward()
-        except torch.OutOfMemoryError:
-            raise OutOfMemoryError(
-                f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
-                "set train.activation_checkpointing: true (neither changes the result)"
-            ) from None
         return values * 0.0 if weightless else values
 
-    def _replay(self, mine: Sequence[Sequence[Tokens]], denominators: Mapping[str, float]) -> Replay:
+    def _replay(
+        self, stage: ScoringStage, mine: Sequence[Sequence[Tokens]], denominators: Mapping[str, float]
+    ) -> Replay:
         """Scores the whole step, over all ranks, and differentiates the loss by the scores."""
-        stage = self.stage
-        assert _is_whole_step(stage)
         with torch.no_grad():
             batches = [(self._batch(samples), samples) for samples in mine if samples]
             found = [(stage.scores(self.policy, *pair), stage.constants(*pair)) for pair in batches]
@@ -295,6 +313,32 @@ class Loop:
             )
 
 
+@contextmanager
+def _memory_for(batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
+            "set train.activation_checkpointing: true (neither changes the result)"
+        ) from None
+
+
+def inform(stage: Stage, policy: nn.Module, samples: Sequence[Tokens], capacity: int, devices: Devices) -> Stage:
+    """The stage as it is for a step over `samples`: over all ranks its probes are scored, `capacity` tokens at once."""
+    if not isinstance(stage, ProbingStage):
+        return stage
+    probes = stage.probes(samples)
+    table: list[tuple[Sequence[int], Tensor, Tensor]] = []
+    for ids in bins([len(probe) for probe in probes], capacity)[devices.rank :: devices.world_size]:
+        chosen = [probes[i] for i in ids]
+        batch = pack(chosen, ROW_MULTIPLE[devices.device.type]).to(devices.device)
+        with torch.no_grad(), _memory_for(batch):
+            table.append((ids, stage.scores(policy, batch, chosen).cpu(), stage.constants(batch, chosen).cpu()))
+    everyone = [part for rank in devices.gather(table) for part in rank]
+    return stage.informed(*(_in_order(everyone) if everyone else (torch.empty(0, 0), torch.empty(0, 0))))
+
+
 def evaluate_loss(
     policy: nn.Module,
     stage: Stage,
@@ -316,6 +360,8 @@ def evaluate_loss(
     policy.eval()
     try:
         with torch.no_grad():
+            capacity = max(sum(len(samples[i]) for i in ids) for ids in microbatches)
+            stage = inform(stage, policy, samples, capacity, devices)
             for ids in microbatches[devices.rank :: devices.world_size]:
                 if given_up := not keep_going():
                     break

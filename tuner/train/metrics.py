@@ -19,6 +19,7 @@ from tuner.errors import RecipeError
 from tuner.registry import did_you_mean
 from tuner.train.loop import StepReport
 
+SHOWN = ("accuracy", "margin")  # metrics of a step that stand beside its loss
 LINES = 20  # printed over a whole run where there is no terminal to draw a bar on
 
 
@@ -110,8 +111,9 @@ class Metrics:
         self._bar.update(self._task, completed=step, loss=loss, speed=speed)
         if not self._console.is_terminal and (step % self._print_every == 0 or step == self._num_steps):
             left = (self._num_steps - step) * (time.perf_counter() - self._started) / (step - self._first)
+            shown = "".join(f"{name} {report.metrics[name]:.2f}  " for name in SHOWN if name in report.metrics)
             self._console.print(
-                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  "
+                f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {loss:.4f}  {shown}"
                 f"lr {report.learning_rate:.2e}  {speed:,.0f} tok/s  ETA {left:.0f} s",
             )
         if step % self._every == 0 or step == self._num_steps:
@@ -139,11 +141,11 @@ class Metrics:
             name: sum(r.losses[name] * r.trained_tokens for r in done) / trained if done else math.nan
             for name in window[0].losses
         }
-        names = done[0].metrics if done else {}
+        names = dict.fromkeys(name for r in done for name in r.metrics)  # of a step that lacks one, it says nothing
         values: dict[str, Any] = {
             "loss": sum(losses.values()),
             **({} if len(losses) == 1 else losses),
-            **{name: sum(r.metrics[name] * r.trained_tokens for r in done) / trained for name in names},
+            **{name: _mean([(r.metrics[name], r.trained_tokens) for r in done if name in r.metrics]) for name in names},
             "learning_rate": window[-1].learning_rate,
             "grad_norm": window[-1].grad_norm,
             "tokens": sum(r.tokens for r in window),
@@ -160,3 +162,8 @@ class Metrics:
     def _track(self, values: dict[str, Any], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(values, step=step)
+
+
+def _mean(weighted: Sequence[tuple[float, float]]) -> float:
+    """The mean of values with weights."""
+    return sum(value * weight for value, weight in weighted) / sum(weight for _, weight in weighted)

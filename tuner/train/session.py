@@ -28,6 +28,7 @@ from tuner.model.backbone import Backbone
 from tuner.model.load import padding_id
 from tuner.model.policy import Policy
 from tuner.recipe import GenerateSection, Recipe
+from tuner.train.answers import Answers
 from tuner.train.loop import Loop, Progress, Signals, Stage, StepReport, evaluate_loss
 from tuner.train.metrics import Metrics, start_trackers
 from tuner.train.optim import build_optimizer, parameter_groups, schedule
@@ -55,6 +56,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     save_result: Callable[[RunDir], Path]
     console: Console
+    answers: Answers | None = None  # to held-out prompts, of a preference stage
 
     def __post_init__(self) -> None:
         train = self.recipe.train
@@ -110,6 +112,8 @@ class Session:
     def _train(self) -> None:
         if not self.progress.history.get("before"):
             self.progress.history["before"] = self._evaluate("before")
+            if self.answers and self.answers.shown:
+                self.progress.history["answers"] = self.answers.greedy()
         self._stop_if_told()
         self.metrics.start(self.progress.step)
         if self._measure(self.progress.step):  # which a signal may have cut short, or which may have ended the run
@@ -153,6 +157,9 @@ class Session:
             "after": after,
             "best_step": self.progress.best_step,
         }
+        if self.answers and self.answers.shown:
+            before = self.progress.history.get("answers", ())
+            summary["answers"] = self.answers.beside(before, self.answers.greedy())
         if self.run:
             self._publish()
             summary["result"] = self.save_result(self.run).name
@@ -177,6 +184,8 @@ class Session:
                 return values
             values["eval_loss"] = sum(losses[term] for term in self.stage.terms)
             values |= {f"eval_{name}": value for name, value in losses.items() if name not in self.stage.terms}
+        if self.answers:
+            values |= {f"eval_{name}": value for name, value in self.answers.measure().items()}
         if self.questions:
             report = self._ask()
             values |= {"exact_match": report.exact_match, "stopped": report.stopped / report.total}
@@ -186,6 +195,7 @@ class Session:
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
             parts += [f"accuracy {values['eval_accuracy']:.1%}"] if "eval_accuracy" in values else []
+            parts += [f"KL to the reference {values['eval_kl']:.3f}"] if "eval_kl" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}")
             self.metrics.note(self.progress.step, values)
@@ -241,7 +251,7 @@ class Session:
         at = (
             f"step {self.progress.step} of {self.plan.num_steps} is saved" if self.progress.step else "no step was done"
         )
-        raise Interrupted(signum, f"stopped by a signal; {at} in {directory}; continue with --resume")
+        raise Interrupted(signum, f"stopped by a signal; {at} in {directory}", "continue with --resume")
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that train, by name."""

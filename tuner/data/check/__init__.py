@@ -6,7 +6,8 @@ findings. Rows are compared by hashes, so memory grows by a small number of byte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from tuner.data.check.content import NO_SCRIPT, SCRIPTS
 from tuner.data.check.findings import BAD_ROWS, MIN_ROWS, Findings, Severity
 from tuner.data.check.report import CheckReport, LengthBias, Side, Source, Steps
 from tuner.data.check.scan import Ledger, Scanner, shingles_of
+from tuner.data.fit import Fit
+from tuner.data.formats import Kind
 from tuner.data.report import listed, place
 from tuner.data.stream import Plan, choose_template, held_out, make_renderer, sampled
 
@@ -36,12 +39,16 @@ def check(
     *,
     microbatch_tokens: int,
     world_size: int = 1,
+    accepts: Collection[str] = get_args(Kind),
+    fit: Fit | None = None,
 ) -> CheckReport:
     """Reads all of data.train and data.eval and reports what is there.
 
     Args:
         microbatch_tokens: train.microbatch_tokens, resolved for this machine.
         world_size: processes that would share a step.
+        accepts: the kinds of rows that the stage can use.
+        fit: what its loss reads of each of them.
 
     Raises:
         DataError: a source cannot be read at all, or none of its rows has a known format.
@@ -58,6 +65,8 @@ def check(
         whole,
         make_renderer(lenient, tokenizer, template),
         findings,
+        accepts,
+        fit,
         near=data.eval is not None,
         digests=isinstance(data.eval, float),
     )
@@ -68,6 +77,8 @@ def check(
         _repeated(one, findings)
         _far_longer(one, findings)
         _unread(one, findings)
+        _margins(one, findings)
+    _labels(ledger, findings)
     _scripts(ledgers, findings)
     bias = _length_bias(ledgers, findings)
     samples = _weighted(ledger, train.seed)
@@ -182,6 +193,20 @@ def _scripts(ledgers: list[Ledger], findings: Findings) -> None:
             findings.add("script", *ledger.where(i), detail=SCRIPTS[numbers[i]])
     found = findings.get("script")
     found.detail = f"which is {SCRIPTS[main]}"
+
+
+def _margins(ledger: Ledger, findings: Findings) -> None:
+    kinds = ledger.column("pair")
+    if (kinds == 2).any():
+        for i in np.flatnonzero(kinds == 1).tolist():
+            findings.add("margin_missing", *ledger.where(ledger.owner[i]))
+
+
+def _labels(ledger: Ledger, findings: Findings) -> None:
+    good, bad = len(ledger.good), len(ledger.bad)
+    if bool(good) != bool(bad) and not ledger.chosen:
+        found = findings.get("one_label")
+        found.count, found.detail = good + bad, "true" if good else "false"
 
 
 def _unread(ledger: Ledger, findings: Findings) -> None:

@@ -19,7 +19,7 @@ HINT = "tuner data check RECIPE looks closer"
 
 
 def brief(train: TokenStore, held_out: TokenStore | None, *, bos: int | None, terminators: Sequence[int]) -> list[str]:
-    """At most seven lines: what is odd about the samples, or that nothing is.
+    """At most nine lines: what is odd about the samples, or that nothing is.
 
     Args:
         bos: id of BOS; None if the tokenizer has none.
@@ -42,6 +42,7 @@ def brief(train: TokenStore, held_out: TokenStore | None, *, bos: int | None, te
     if held_out is not None:
         shared = np.flatnonzero(similar.equal_to(held_out.keys(), keys) >= 0)
         lines.append(_line(held_out, shared, "are training rows too, to the token", "held-out samples"))
+    lines += [_line(train, _without_margin(train), "are pairs without a margin, though others have one"), _label(train)]
     if (bias := _bias(train)) is not None and bias.far:
         said = f"the longer answer is preferred in {100 * bias.accuracy:.1f}% of {bias.comparisons:,} pairs"
         lines.append(f"warning: {said}, so length nearly tells which one")
@@ -100,6 +101,23 @@ def _far(lengths: np.ndarray) -> np.ndarray:
     if len(lengths) < MIN_ROWS:
         return np.empty(0, np.int64)
     return np.flatnonzero(lengths > 10 * np.percentile(lengths, 99))
+
+
+def _without_margin(store: TokenStore) -> np.ndarray:
+    """The pairs of which the data says no margin; none if it says none of any."""
+    pairs = store.branches == 2
+    return np.flatnonzero(pairs & ~store.scored) if (pairs & store.scored).any() else np.empty(0, np.int64)
+
+
+def _label(store: TokenStore) -> str:
+    """A line about labelled answers that all have one label; empty if there are none, or of both kinds."""
+    if not len(store) or not ((store.branches == 1) & store.scored).all():
+        return ""
+    labels = {float(value) for block, at in store.pieces() for value in block.scores[block.sample_ends[at] + 1]}
+    if len(labels) > 1:
+        return ""
+    label = "true" if labels == {1.0} else "false"
+    return f"warning: all of {len(store):,} answers are labelled {label}, so nothing tells good from bad ones"
 
 
 def _bias(store: TokenStore) -> LengthBias | None:

@@ -121,15 +121,10 @@ def empty_turn(example: Example) -> bool:
     return any(m.role in ("user", "text") and not m.content.strip() for m in messages(example))
 
 
-def completions_alike(example: Example) -> str:
-    """`same_completions` or `blank_difference` if that is all that tells two completions apart; else empty."""
-    if len(example.completions) < 2:
-        return ""
-    said = [tuple((m.role, m.content, m.tool_calls) for m in c) for c in example.completions]
-    if any(one in said[:i] for i, one in enumerate(said)):
-        return "same_completions"
-    squeezed = [tuple((role, "".join(text.split()), calls) for role, text, calls in one) for one in said]
-    return "blank_difference" if any(one in squeezed[:i] for i, one in enumerate(squeezed)) else ""
+def blank_difference(example: Example) -> bool:
+    """Whether white space is all that tells two completions apart."""
+    said = [tuple((m.role, "".join(m.content.split()), m.tool_calls) for m in c) for c in example.completions]
+    return any(one in said[:i] for i, one in enumerate(said))
 
 
 def encoding(text: str) -> str:

@@ -35,6 +35,18 @@ KINDS: dict[str, Kind] = {
     "lone_surrogate": Kind(
         "error", "rows with half of a surrogate pair, which no tokenizer takes", "replace it in the file"
     ),
+    "same_completions": Kind(
+        "error", "preference rows with two answers that are the same, of which neither is better", "remove them"
+    ),
+    "empty_side": Kind("error", "preference rows with an empty answer", "remove them, or fill them in"),
+    "unfit": Kind(
+        "error", "rows whose answers the loss of this recipe cannot use", "mend or remove them, or change the loss"
+    ),
+    "wrong_kind": Kind(
+        "error",
+        "rows of another kind than this stage trains on",
+        "name another file, set data.format, or run another stage",
+    ),
     "nothing_left": Kind("error", "rows, of which none is left to train on", "give a file with usable rows"),
     "bos_doubled": Kind("error", "rows with a doubled BOS", "remove BOS from the text, or from the chat template"),
     "bos_missing": Kind("error", "rows without BOS at their beginning", "choose another data.chat_template"),
@@ -64,11 +76,18 @@ KINDS: dict[str, Kind] = {
     "overlap_prompt": Kind(
         "note", "eval rows whose prompt is that of a training row, with another answer", "split the data by prompt"
     ),
-    "same_completions": Kind(
-        "warning", "preference rows whose completions are the same, which teach nothing", "remove them"
+    "cut_equal": Kind(
+        "warning",
+        "preference rows whose answers begin alike as far as data.max_length reaches, and are dropped",
+        "raise data.max_length",
     ),
     "blank_difference": Kind(
         "warning", "preference rows whose completions differ in white space only", "remove them, or mend the export"
+    ),
+    "one_label": Kind(
+        "warning",
+        "labelled answers, all of which have the same label",
+        "add rows with the other one: a loss over labelled answers tells good from bad ones",
     ),
     "length_bias": Kind(
         "warning",
@@ -80,12 +99,25 @@ KINDS: dict[str, Kind] = {
         "rows with signs of a wrong encoding (UTF-8 read as Latin-1, U+FFFD, control characters)",
         "export them again as UTF-8",
     ),
+    "margin_missing": Kind(
+        "note", "pairs without a margin or scores, though others have them", "add them, if the loss is to read margins"
+    ),
     "script": Kind("note", "rows in another script than most", "remove them, unless the mixture is meant"),
     "far_longer": Kind("note", "rows far longer than the rest", "look at them: are they one document each?"),
     "unread_columns": Kind("note", "rows with columns that are not read", "name them in data.columns, if they matter"),
 }
 
-BAD_ROWS = ("unreadable", "unusable", "unknown_role", "nothing_to_train", "lone_surrogate", "bos_doubled")
+BAD_ROWS = (
+    "unreadable",
+    "unusable",
+    "unknown_role",
+    "nothing_to_train",
+    "lone_surrogate",
+    "bos_doubled",
+    "same_completions",
+    "empty_side",
+    "unfit",
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 
 from tuner.data.check import content, similar
 from tuner.data.check.findings import Findings
-from tuner.data.formats import Detected, parser
+from tuner.data.fit import Fit
+from tuner.data.formats import FORMATS, Detected, parser
 from tuner.data.render import Renderer
 from tuner.data.report import place
 from tuner.data.source import rows
@@ -55,6 +56,7 @@ class Ledger:
     owner: array[int] = field(default_factory=lambda: array("q"))  # its row, as an index into the above
     tokens: array[int] = field(default_factory=lambda: array("q"))
     trained: array[int] = field(default_factory=lambda: array("q"))
+    pair: array[int] = field(default_factory=lambda: array("B"))  # 0: none, 1: a pair without a margin, 2: with one
     digest: array[int] = field(default_factory=lambda: array("Q"))  # the first 8 bytes of sha256 over its ids
 
     # of preferences, in tokens
@@ -85,6 +87,8 @@ class Scanner:
         data: the data section, made lenient: bad rows are reported and passed over.
         whole: renders rows uncut, and drops those of more than its max_length, which are too many tokens to handle.
         fitted: renders by data.max_length and data.overlong.
+        accepts: the kinds of rows that the stage can use.
+        fit: what its loss reads of each of them.
         near: whether near-duplicates will be looked for.
         digests: whether a part of the samples is to be held out by their hashes.
     """
@@ -93,6 +97,8 @@ class Scanner:
     whole: Renderer
     fitted: Renderer
     findings: Findings
+    accepts: Collection[str]
+    fit: Fit | None
     near: bool
     digests: bool
 
@@ -121,6 +127,7 @@ class Scanner:
                 self._look(example, samples, ledger, number, broken)
                 broken.discard(example.row)
             ledger.rows_read.append(report.rows_read - before)
+            self._check_kind(source.path, ledger.detected[-1].name, ledger.rows_read[-1])
             ledger.first_sample.append(len(ledger.owner))
             for name, count in (report.unread_columns - unread).items():
                 ledger.unread_columns[name] = ledger.unread_columns.get(name, 0) + count
@@ -131,13 +138,20 @@ class Scanner:
         with contextlib.suppress(DataError):
             self.fitted.check(example)
 
+    def _check_kind(self, path: str, name: str, rows_read: int) -> None:
+        if (kind := FORMATS.get(name).kind) not in self.accepts:
+            found = self.findings.get("wrong_kind")
+            found.count += rows_read
+            found.detail = found.detail or f"{path} is {kind} data, and the stage trains on {' or '.join(self.accepts)}"
+
     def _look(
         self, example: Example, samples: list[Tokens], ledger: Ledger, number: int, broken: Collection[int]
     ) -> None:
         def found(kind: str, detail: str = "") -> None:
             self.findings.add(kind, example.source, example.row, detail)
 
-        self._look_at_text(example, found)
+        usable = example.row not in broken  # else what is wrong with it has been said
+        self._look_at_text(example, usable, found)
         text = all_text(example)
         ledger.source.append(number)
         ledger.row.append(example.row)
@@ -146,7 +160,7 @@ class Scanner:
         ledger.script.append(content.script(text))
         if self.near:
             ledger.bands.extend(similar.bands(similar.normalised(text)).tobytes())
-        if example.row in broken:  # what is wrong with it has been said
+        if not usable:
             ledger.length.append(0)
             return
         length = longest(samples[0]) if samples else self.whole.max_length
@@ -156,10 +170,12 @@ class Scanner:
         cut = length > self.data.max_length or not samples
         if cut:
             found("too_long", f"{length:,} tokens" if samples else f"more than {length:,} tokens")
-            samples = self.fitted.render(example)
-            if not samples and self.data.overlong == "truncate":
-                found("nothing_to_train", "its answer begins beyond data.max_length")
-        ends = () if content.is_text(example) else self.whole.terminator_ids
+            samples = self._cut(example, found)
+        if fault := next(filter(None, (self._fault(one) for one in samples)), ""):
+            found("unfit", fault.removeprefix("the row "))
+            samples = []
+        taught = self.data.train_control_tokens and not content.is_text(example)
+        ends = self.whole.terminator_ids if taught else ()
         ledger.chats += bool(ends and samples)
         ledger.some_end = ledger.some_end or any(np.isin(run, ends).any() for s in samples for run in _trained(s))
         self._look_at_ids(samples, ends, cut, found)
@@ -167,18 +183,32 @@ class Scanner:
             ledger.owner.append(len(ledger.row) - 1)
             ledger.tokens.append(len(one))
             ledger.trained.append(one.num_trained)
+            ledger.pair.append(0 if len(one.branches) != 2 else 2 if one.scores else 1)
             if self.digests:
                 ledger.digest.append(int.from_bytes(hashlib.sha256(_ids(one).astype("<i4").tobytes()).digest()[:8]))
 
-    def _look_at_text(self, example: Example, found: Callable[..., None]) -> None:
+    def _cut(self, example: Example, found: Callable[..., None]) -> list[Tokens]:
+        """A row that is too long, as data.overlong leaves it."""
+        equal = self.fitted.report.number("cut_equal")
+        samples = self.fitted.render(example)
+        if self.fitted.report.number("cut_equal") > equal:
+            found("cut_equal")
+        elif not samples and self.data.overlong == "truncate":
+            found("nothing_to_train", "its answer begins beyond data.max_length")
+        return samples
+
+    def _fault(self, sample: Tokens) -> str:
+        return self.fit.fault(len(sample.branches), bool(sample.scores)) if self.fit else ""
+
+    def _look_at_text(self, example: Example, usable: bool, found: Callable[..., None]) -> None:
         if self.whole.spells_control(example):
             found("control_text")
-        if content.empty_answer(example):
+        if not example.is_preference and content.empty_answer(example):
             found("empty_answer")
         if content.empty_turn(example):
             found("empty_turn")
-        if alike := content.completions_alike(example):
-            found(alike)
+        if usable and content.blank_difference(example):
+            found("blank_difference")
         if sign := next(filter(None, (content.encoding(m.content) for m in content.messages(example))), ""):
             found("encoding", sign)
         if not content.is_text(example):
