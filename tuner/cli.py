@@ -187,7 +187,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base.
 
-    Writes a plain Hugging Face directory, loads it afresh and compares it with the adapter.
+    Writes a plain Hugging Face directory (of a reward model a classifier of one label, its head in float32), loads it
+    afresh and compares it with the adapter.
     """
     _quiet_libraries()
     from tuner.export.merge import merge as merge_adapter
