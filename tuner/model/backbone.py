@@ -67,7 +67,7 @@ class Backbone(nn.Module):
     def hidden_states(self, batch: Batch, at: Tensor) -> Tensor:
         """The last hidden state at the positions `at` of the row: `[M]` int64 -> `[M, H]`.
 
-        A fused last layer runs its MLP at these positions alone, for nothing else reads what it gives.
+        A fused last layer runs its MLP at these positions alone, for nothing reads what it would give elsewhere.
         """
         count = len(at)
         if at.device.type == "cpu":

@@ -271,11 +271,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _attention_forward(module: Any, original: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Attention by the plan of a row, with one node for the three projections and one for each rotation."""
+def _attention_forward(
+    module: Any, original: Any, hidden_states: Tensor, *, only_at: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Attention by the plan of a row, with one node for the three projections and one for each rotation.
+
+    `[1, N, H]` -> `[1, N, H]`, or at the positions `only_at` alone.
+    """
     x = hidden_states
     if module.config._attn_implementation != attention.NAME or torch.is_autocast_enabled(x.device.type):
-        return original(x, **kwargs)
+        output, weights = original(x, **kwargs)
+        return output if only_at is None else output.index_select(1, only_at), weights
     heads = (*x.shape[:-1], -1, module.head_dim)
     cos, sin = kwargs["position_embeddings"]
     q, k, v = (y.view(heads) for y in _linears(x, (module.q_proj, module.k_proj, module.v_proj)))
@@ -291,7 +297,8 @@ def _attention_forward(module: Any, original: Any, hidden_states: Tensor, **kwar
         sliding_window=getattr(module.config, "sliding_window", None),
         tuner_plan=kwargs.get("tuner_plan"),
     )
-    return module.o_proj(output.reshape(*x.shape[:-1], -1)), None
+    output = output.flatten(2)
+    return module.o_proj(output if only_at is None else output.index_select(1, only_at)), None
 
 
 class FusedLlamaAttention(LlamaAttention):
@@ -309,14 +316,14 @@ class FusedMistralAttention(MistralAttention):
 
 
 class PickingLayer:
-    """A last decoder layer that, told where its output will be read, runs its MLP there alone."""
+    """A last decoder layer that, told where its output will be read, runs there alone what follows its attention."""
 
 
 def _picking_forward(layer: Any, original: Any, x: Tensor, *, at: Tensor | None, **kwargs: Any) -> Tensor:
     if at is None:
         return original(x, **kwargs)
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)
-    x = x.index_select(1, at) + attended.index_select(1, at)
+    attended, _ = layer.self_attn(layer.input_layernorm(x), only_at=at, **kwargs)
+    x = x.index_select(1, at) + attended
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
