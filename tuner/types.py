@@ -107,6 +107,11 @@ class Tokens:
         return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans)
 
     @property
+    def labels(self) -> tuple[bool, ...]:
+        """Which branches are good answers: a single one by its label, else the first."""
+        return tuple(n == 0 for n in range(len(self.branches))) if len(self.branches) != 1 else (self.scores[0] > 0,)
+
+    @property
     def num_trained(self) -> int:
         """Tokens that are prediction targets with a non-zero weight."""
         return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans if s.trained and s.weight)
