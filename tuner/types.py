@@ -109,7 +109,9 @@ class Tokens:
     @property
     def labels(self) -> tuple[bool, ...]:
         """Which branches are good answers: a single one by its label, else the first."""
-        return tuple(n == 0 for n in range(len(self.branches))) if len(self.branches) != 1 else (self.scores[0] > 0,)
+        if len(self.branches) == 1:
+            return (self.scores[0] > 0,)
+        return tuple(branch == 0 for branch in range(len(self.branches)))
 
     @property
     def num_trained(self) -> int:

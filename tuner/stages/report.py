@@ -150,8 +150,8 @@ def _kl(has_reference: bool, after: Values) -> str:
 
 
 def _tokens(kinds: Mapping[str, str], after: Values) -> str:
-    lengths = [f"{after[f'eval_{kind}_tokens']:.1f} the {word} answers" for kind, word in kinds.items()]
-    return lengths[0] if lengths else ""
+    kind, word = next(iter(kinds.items()))
+    return f"{after[f'eval_{kind}_tokens']:.1f} the {word} answers"
 
 
 def _cell(values: Values, key: str, form: str) -> str:
