@@ -127,7 +127,7 @@ def call(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_set_environment", lambda: None)
+    monkeypatch.setattr(cli, "set_environment", lambda: None)
     monkeypatch.setattr(environment, "describe", fail)
     monkeypatch.setattr(sys, "argv", ["tuner", "env"])
     with pytest.raises(SystemExit) as caught:
@@ -205,7 +205,7 @@ def test_telemetry_is_off_whatever_the_environment_says(monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.setattr("warnings.simplefilter", lambda action: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    cli._set_environment()
+    cli.set_environment()
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 

@@ -119,6 +119,8 @@ def test_full_recipes_have_no_adapter(name: str) -> None:
 def earlier_run(model: Path, chats: Path, folder: Path) -> Path:
     """A run whose adapter a recipe goes on with."""
     run = folder / "earlier"
+    if run.is_dir():
+        return run
     settings = ["eval.questions=null", "data.eval=null", "data.max_length=512", "train.max_steps=1", "train.threads=1"]
     paths = [f"model.name_or_path={model}", f"data.train={chats}", f"train.output_dir={run}"]
     sft.run(recipes.load(FOLDER / "chat.yaml", [*settings, *paths], stage="sft"))
@@ -171,11 +173,15 @@ def test_a_dry_run_plans_it_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def few(name: str) -> list[str]:
+    """Overrides for two small steps."""
+    steps = ["train.max_steps=2", "train.batch_size=2"]
+    return steps if read(name).stage == "reward" else [*steps, "generate.max_new_tokens=2"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_two_steps(name: str, tiny_model_dir: Path, chats_file: Path, tmp_path: Path) -> None:
-    few = ["train.max_steps=2", "train.batch_unit=null", "train.batch_size=2"]
-    few += [] if read(name).stage == "reward" else ["generate.max_new_tokens=2"]
-    overrides = [*stand_ins(name, tiny_model_dir, chats_file, tmp_path), *few]
+    overrides = [*stand_ins(name, tiny_model_dir, chats_file, tmp_path), "train.batch_unit=null", *few(name)]
     recipe = recipes.load(FOLDER / f"{name}.yaml", overrides)
     STAGES[str(recipe.stage)](recipe)
     kind = "model" if recipe.adapter is None else "adapter"
@@ -191,13 +197,12 @@ def test_a_pipeline_is_found_from_anywhere_and_trains_two_steps_a_stage(
     monkeypatch.chdir(tmp_path)
     loaded = pipelines.load(FOLDER / f"{name}.yaml")
     assert loaded.output_dir == Path(f"runs/{name}")
-    few = ["train.max_steps=2", "train.batch_size=2", "generate.max_new_tokens=2"]
     overrides = []
     for stage in loaded.stages:
         if isinstance(stage, TrainStage):
             source = Path(str(stage.source)).stem
-            stand_in = [o for o in stand_ins(source, tiny_model_dir, chats_file, tmp_path) if ".path=" not in o]
-            overrides += [f"{stage.name}.{o}" for o in [*stand_in, *few] if not o.startswith("train.output_dir")]
+            given = [*stand_ins(source, tiny_model_dir, chats_file, tmp_path), *few(source)]
+            overrides += [f"{stage.name}.{o}" for o in given if not o.startswith(("train.output_dir", "adapter.path="))]
     done = runner.run(pipelines.load(FOLDER / f"{name}.yaml", overrides))
     assert [d.stage.name for d in done] == [stage.name for stage in loaded.stages]
     assert all(list(d.stage.result.glob("*.safetensors")) for d in done)

@@ -187,7 +187,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base.
 
-    Writes a plain Hugging Face directory, loads it afresh and compares it with the adapter.
+    Writes a plain Hugging Face directory (of a reward model a classifier of one label, its head in float32), loads it
+    afresh and compares it with the adapter.
     """
     _quiet_libraries()
     from tuner.export.merge import merge as merge_adapter
@@ -268,9 +269,78 @@ def generate(
 
 
 @app.command()
+def score(
+    file: Annotated[
+        Path, typer.Option(help="Rows with answers, in any format of training data: chats, pairs, ranked lists.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SECTION.KEY=VALUE",
+            help="model.dtype, data.format, .columns, .max_length, .overlong or .on_bad_row; default: the run's dtype "
+            "and max_length, and those of a recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A run, a checkpoint directory or a Hub id.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="RUN_OR_ADAPTER", help="A run, or an adapter directory.", show_default=False)
+    ] = None,
+    safety: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="A second reward model, of safety (a run, an adapter or a checkpoint); the first is that of "
+            "helpfulness.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the base of the adapters lies now, if moved.", show_default=False),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A template, e.g. llama3.1; default: the one that trained.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="JSONL", help="Write here, and not to stdout; must not exist.", show_default=False),
+    ] = None,
+) -> None:
+    """Give rewards to answers with a reward model.
+
+    Writes one JSON object a row: `row` (its line, from 1), `rewards` (in the order of the row's answers), and where the
+    data says which answer is the best, `preferred_highest` (whether its reward is the highest). A summary goes to
+    stderr.
+
+    With --safety, in place of `rewards`: `helpfulness` and `safety` (the rewards of the two models), `combined` (Llama
+    2: the safety reward where the row says `unsafe: true` of its prompt, or where its sigmoid is below 0.15; else the
+    helpfulness reward), and `whitened` (combined with mean 0 and standard deviation 1 over the file).
+    """
+    if (model is None) == (adapter is None):
+        raise UserError("give --model for a checkpoint, or --adapter for an adapter on its base; one of them")
+    _quiet_libraries()
+    from tuner.stages import score as scoring
+
+    scoring.run(
+        model=model,
+        adapter=adapter,
+        file=file,
+        safety=safety,
+        base=base,
+        chat_template=chat_template,
+        overrides=tuple(overrides or ()),
+        output=output,
+    )
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Print versions, devices and threads."""
-    _set_environment()
+    set_environment()
     from tuner import environment
 
     facts = environment.describe()
@@ -394,7 +464,7 @@ def recipes_schema() -> None:
     print(json.dumps(recipes.json_schema(), indent=2))
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """No telemetry, whatever the environment says, and no chatter of the libraries; before the first heavy import."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_TELEMETRY"] = "1"
@@ -402,6 +472,7 @@ def _set_environment() -> None:
     # Threads that wait for the next operation spin for some microseconds, then sleep. Without a bound they spin for
     # milliseconds, and where another process wants the cores too both come to a crawl.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")  # kernels of as many sizes are kept, not of 1,024
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -417,7 +488,7 @@ def _set_environment() -> None:
 
 def _quiet_libraries() -> None:
     """The same, and no progress bar while transformers reads weights, but one while the Hub sends them."""
-    _set_environment()
+    set_environment()
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 

@@ -60,6 +60,7 @@ class Example:
         label: whether the one completion is a good one (unpaired data).
         margin: how much better the chosen one is than the rejected one, if the data says so.
         scores: of each completion, higher is better, if the data says so.
+        order: where in the row each completion stood, if they were put in order.
         source, row: where it came from: a file or Hub id, and the 0-based row in it.
     """
 
@@ -71,6 +72,7 @@ class Example:
     label: bool | None = None
     margin: float | None = None
     scores: tuple[float, ...] | None = None
+    order: tuple[int, ...] = ()
 
     @property
     def is_preference(self) -> bool:

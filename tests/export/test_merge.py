@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     LlamaForCausalLM,
@@ -41,12 +42,13 @@ PROMPTS = [[0, 40, 50, 60, 70, 80], [0, 200, 201, 31, 99], list(range(100, 140))
 NF4 = {"type": "nf4", "double_quant": True, "compute_dtype": "float32"}
 
 
-def trained(base_dir: Path, quantization: dict[str, Any] | None = None, **adapter: Any) -> Any:
+def trained(base_dir: Path, quantization: dict[str, Any] | None = None, *, reward: bool = False, **adapter: Any) -> Any:
     """A model whose adapter has moved, as after training."""
     dtype = quantization["compute_dtype"] if quantization else "float32"
     section = ModelSection(name_or_path=str(base_dir), dtype=dtype, load_in_4bit=quantization is not None)
     torch.manual_seed(1)
-    model = attach(load_base(section, "cpu", trainable=False), AdapterSection(**({"r": 4} | adapter)))
+    base = load_base(section, "cpu", trainable=False, reward=reward)
+    model = attach(base, AdapterSection(**({"r": 4} | adapter)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -93,7 +95,7 @@ def test_the_merged_model_scores_like_what_was_trained(tiny_model_dir: Path, tmp
     assert largest_difference(expected, fresh_logits(tiny_model_dir)) > 0.05  # the adapter does something
     report = merge(save(model, tiny_model_dir, tmp_path / "adapter"), tmp_path / "out", prompts=PROMPTS)
     assert largest_difference(expected, fresh_logits(tmp_path / "out")) < 1e-4
-    assert report.max_logit_difference < 1e-4 and report.top1_agreement == 1.0
+    assert report.max_difference < 1e-4 and report.agreement == 1.0
     assert report.tokens == sum(map(len, PROMPTS)) and report.dtype == "float32"
 
 
@@ -137,7 +139,7 @@ def test_a_qlora_adapter_merges_onto_the_dequantised_base(qlora: tuple[Any, Path
 def test_mutant_a_qlora_adapter_on_the_original_weights(
     qlora: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stored(section: ModelSection) -> tuple[Any, str]:
+    def stored(section: ModelSection, is_reward: bool) -> tuple[Any, str]:
         plain = section.model_copy(update={"load_in_4bit": False})
         return load_base(plain, "cpu", trainable=False), "dequantised from NF4, double quantisation"
 
@@ -170,14 +172,14 @@ def test_the_merge_is_stored_as_the_base_is(
     assert report.dtype == "bfloat16" and dtypes(tmp_path / "out") == {"BF16"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     rounding = largest_difference(expected, fresh_logits(tmp_path / "out"))
-    assert rounding == pytest.approx(report.max_logit_difference, abs=1e-4) and 1e-4 < rounding < 0.2
+    assert rounding == pytest.approx(report.max_difference, abs=1e-4) and 1e-4 < rounding < 0.2
     # one cast of the fp32 sum: every weight is the nearest bf16 to it
     merged = model.merge_and_unload()
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     weight = merged.model.layers[1].mlp.up_proj.weight.to(torch.bfloat16)
     assert torch.equal(stored.model.layers[1].mlp.up_proj.weight, weight)
     report = merge(adapter, tmp_path / "wide", dtype="float32", prompts=PROMPTS)
-    assert report.max_logit_difference < 1e-4 and dtypes(tmp_path / "wide") == {"F32"}
+    assert report.max_difference < 1e-4 and dtypes(tmp_path / "wide") == {"F32"}
     with pytest.raises(ModelError, match="--dtype: 'int3'"):
         merge(adapter, tmp_path / "no", dtype="int3")
 
@@ -278,10 +280,10 @@ eval: {{{eval}}}
 """
 
 
-def make_run(tmp_path: Path, base: Path, extra: str = "", questions: str = "") -> Path:
+def make_run(tmp_path: Path, base: Path, extra: str = "", kind: Any = trained, questions: str = "") -> Path:
     text = RECIPE.format(base=base, data=base / "x.jsonl", out=tmp_path / "chat", extra=extra, eval=questions)
     with RunDir.create(tmp_path / "chat", text, {}, resume=False, overwrite=False) as run:
-        run.write_result("adapter", lambda d: save(trained(base), base, d))
+        run.write_result("adapter", lambda d: save(kind(base), base, d))
         run.finish({})
     return tmp_path / "chat"
 
@@ -298,7 +300,7 @@ def test_a_run_is_merged_beside_its_adapter_on_what_it_held_out(tiny_model_dir: 
         merge(run)
     questions.unlink()
     again = merge(run, overwrite=True)
-    assert again.prompts == "built in" and again.max_logit_difference < 1e-4
+    assert again.prompts == "built in" and again.max_difference < 1e-4
     assert merge(run / "adapter", tmp_path / "third").output == tmp_path / "third"
     assert merge(run / "adapter", overwrite=True).output == run / "merged"
 
@@ -383,7 +385,7 @@ def test_a_failed_replacement_keeps_the_old_merge(
     merge(adapter, tmp_path / "out", prompts=PROMPTS)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
-    def broken(directory: Path) -> Any:
+    def broken(directory: Path, is_reward: bool) -> Any:
         raise RunError("no")
 
     monkeypatch.setattr(module, "_fresh", broken)
@@ -430,3 +432,96 @@ def test_a_template_whose_answers_are_of_another_kind_is_no_obstacle(tiny_model_
     report = merge(adapter, tmp_path / "out")
     assert report.prompts == "built in" and report.tokens == len(module._BUILT_IN) * module.MAX_TOKENS
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATES["llama_guard"].saved()
+
+
+# --- reward models ----------------------------------------------------------------------------------------------------
+
+
+def judge(base_dir: Path, quantization: dict[str, Any] | None = None) -> Any:
+    """A reward model whose adapter and score head have moved, as after training."""
+    return trained(base_dir, quantization, reward=True)
+
+
+def fresh_rewards(directory: Path, prompts: list[list[int]] = PROMPTS) -> list[torch.Tensor]:
+    return module.logits(AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32), prompts)
+
+
+def test_a_reward_model_becomes_a_plain_classifier(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = judge(tiny_model_dir)
+    expected = module.logits(model, PROMPTS)
+    assert torch.cat(expected).std() > 0.05
+    report = merge(save(model, tiny_model_dir, tmp_path / "adapter"), tmp_path / "out", prompts=PROMPTS)
+    assert largest_difference(expected, fresh_rewards(tmp_path / "out")) < 1e-5
+    assert (report.scores, report.agreement, report.max_difference < 1e-5) == ("rewards", 1.0, True)
+    assert any("largest difference of rewards" in line and "same order: 100.00%" in line for line in report.lines())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["pad_token_id"] not in (EOT, 1), "transformers reads the reward before its first padding"
+    ends = [[*prompt, EOT] for prompt in PROMPTS]
+    assert largest_difference(module.logits(model, ends), fresh_rewards(tmp_path / "out", ends)) < 1e-5
+    assert load_base(ModelSection(name_or_path=str(tmp_path / "out")), "cpu", trainable=False, reward=True)
+
+
+def test_mutant_a_score_head_that_is_left_behind(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save(judge(tiny_model_dir), tiny_model_dir, tmp_path / "adapter")
+    merged = module._merged
+
+    def without(*arguments: Any) -> Any:
+        model, *rest = merged(*arguments)
+        model.score.weight.data.zero_()
+        return model, *rest
+
+    monkeypatch.setattr(module, "_merged", without)
+    with pytest.raises(RunError, match=r"does not score like the adapter \(rewards differ by up to"):
+        merge(adapter, tmp_path / "out", prompts=PROMPTS)
+
+
+def test_the_score_head_stays_in_fp32(
+    make_model: Callable[..., LlamaForCausalLM], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    make_model().to(torch.bfloat16).save_pretrained(tiny_model_dir)
+    model = judge(tiny_model_dir)
+    report = merge(save(model, tiny_model_dir, tmp_path / "adapter"), tmp_path / "out", prompts=PROMPTS)
+    assert report.dtype == "bfloat16" and "the score head as float32" in report.lines()[0]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        score = file.get_tensor("score.weight")
+    assert {name for name, dtype in found.items() if dtype == "F32"} == {"score.weight"}
+    assert torch.equal(score, model.get_base_model().score.modules_to_save["default"].weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_qlora_reward_adapter_merges_onto_the_dequantised_base(
+    make_model: Callable[..., LlamaForCausalLM], tiny_model_dir: Path, tmp_path: Path, tied: bool
+) -> None:
+    """With embeddings trained beside it, which nothing is tied to where there is no language head."""
+    make_model(tie_word_embeddings=tied).save_pretrained(tiny_model_dir)
+    model = trained(tiny_model_dir, NF4, reward=True, modules_to_save=("embed_tokens",))
+    adapter = save(model, tiny_model_dir, tmp_path / "adapter", NF4)
+    expected = module.logits(model, PROMPTS)
+    report = merge(adapter, tmp_path / "out", prompts=PROMPTS)
+    assert largest_difference(expected, fresh_rewards(tmp_path / "out")) < 1e-5
+    assert "dequantised from NF4" in report.base_weights
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_held_out_pairs_serve_as_prompts(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": "The answer is short.", "rejected": "one two"} for i in range(3)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = make_run(tmp_path, tiny_model_dir, f"eval: {tmp_path / 'eval.jsonl'}, chat_template: llama3", judge)
+    report = merge(run)
+    assert report.prompts == "held out by the run" and report.scores == "rewards"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = TEMPLATES["llama3"].jinja
+    lengths = [
+        len(tokenizer.apply_chat_template(_turns(row, side), return_dict=False))
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    assert report.tokens == sum(lengths), "each answer after its prompt"
+
+
+def _turns(row: dict[str, str], side: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]

@@ -158,7 +158,17 @@ def test_calibration_is_exact_for_rewards_that_made_the_labels() -> None:
 
 
 def test_llama2_combined() -> None:
-    helpful, safe = torch.tensor([0.9, 0.9, 0.9, 0.2]), torch.tensor([0.8, 0.1, 0.15, 0.99])
+    helpful, safe = torch.tensor([0.9, 0.9, 0.9, 0.2]), torch.tensor([0.8, 0.1, 0.16, 0.99])
     unsafe = torch.tensor([True, False, False, False])
-    found = reward.llama2_combined(helpful, safe, unsafe)
+    found = reward.llama2_combined(helpful.logit(), safe.logit(), unsafe)
     torch.testing.assert_close(found.sigmoid(), torch.tensor([0.8, 0.1, 0.9, 0.2]))
+    far = torch.tensor([90.0, -90.0])  # whose probabilities are 1 and 0 in any precision
+    assert torch.equal(
+        reward.llama2_combined(far, far.flip(0), torch.tensor([False, False])), torch.tensor([-90.0] * 2)
+    )
+
+
+def test_whitened_values_have_mean_0_and_deviation_1() -> None:
+    found = reward.whiten(torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0]))
+    assert torch.equal(reward.whiten(torch.full((3,), 0.5)), torch.zeros(3))

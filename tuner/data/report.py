@@ -128,6 +128,11 @@ class DataReport:
         out.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({share:.1f}%)")
         if self.lost_tokens:
             out.append(f"{self.lost_tokens:,} tokens lost to data.max_length")
+        return out + self.odd()
+
+    def odd(self) -> list[str]:
+        """For people: what is not read, what was left out or changed, and the notes; nothing where all is well."""
+        out = []
         if self.unread_columns:
             found = (f"{listed([name])} ({n:,})" for name, n in self.unread_columns.most_common(11))
             out.append(f"columns that are not read (rows): {listed(found)}")

@@ -202,8 +202,8 @@ def _part(
         renderer.report, renderer.num_chats = DataReport(), 0
         commit = "" if local_path(source) else f"@{content}"
         renderer.report.sources.append(f"{source.path}{commit}: {detected.name} ({detected.reason})")
-        for samples in _rendered(source, detected, data, renderer):
-            builder.add(samples)
+        for some in rendered(source, detected, data, renderer):
+            builder.add([sample for _, samples in some for sample in samples])
         return renderer.report, detected.name, renderer.num_chats
 
     before = stamp(source)
@@ -262,8 +262,14 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _rendered(source: DataSource, detected: Detected, data: DataSection, renderer: Renderer) -> Iterator[list[Tokens]]:
-    """The samples of a source, some at a time. A row that cannot be used is counted, or the end."""
+def rendered(
+    source: DataSource, detected: Detected, data: DataSection, renderer: Renderer
+) -> Iterator[list[tuple[Example, list[Tokens]]]]:
+    """What `walk` gives, some rows at a time. A row that cannot be used is counted, or the end, as the recipe says.
+
+    Raises:
+        DataError: such a row, with its place and with how many others could be used.
+    """
 
     def skip(index: int, error: DataError) -> None:
         if data.on_bad_row != "skip":
@@ -272,9 +278,9 @@ def _rendered(source: DataSource, detected: Detected, data: DataSection, rendere
         renderer.report.count("skipped", where, str(error).removeprefix(f"{where}: "))
 
     try:
-        found = (samples for _, samples in walk(source, detected, data, renderer, skip))
+        found = walk(source, detected, data, renderer, skip)
         while some := list(itertools.islice(found, CHUNK)):
-            yield [sample for samples in some for sample in samples]
+            yield some
     except _BadRow as bad:
         parse = parser(detected.name, data.columns if source.columns is None else source.columns)
 

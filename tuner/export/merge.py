@@ -2,6 +2,9 @@
 
     tuner merge --adapter runs/chat [--output DIR]
 
+The adapter of a reward model becomes a classifier of one label, whose score head stays in fp32 whatever the rest is
+stored in: in a narrower one few rewards would be distinct.
+
 W + s B A is added up in fp32 and cast once. A QLoRA adapter has learnt to correct the *quantised* base, so it is merged
 onto that base, dequantised, and not onto the weights that were never in its training (on those it is another model).
 """
@@ -9,6 +12,7 @@ onto that base, dequantised, and not onto the weights that were never in its tra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 import tuner
@@ -35,19 +39,21 @@ from tuner.model import quantize
 from tuner.model.adapter import AdapterMeta, load_adapter, read_meta, read_peft_config, saved_keys
 from tuner.model.load import (
     DTYPES,
+    SCORE,
     base_fingerprint,
     find_checkpoint,
     load_base,
     load_tokenizer,
+    set_padding,
     set_token_ids,
     weight_files,
 )
 from tuner.recipe import ModelSection
-from tuner.types import Example, Message
+from tuner.types import Example, Message, Tokens
 
 MARK = "tuner_merge.json"  # says that a directory is a merge of ours, so that --overwrite may replace it
 NUM_PROMPTS, MAX_TOKENS = 8, 128  # compared; logits are [tokens, vocabulary] each
-FP32_TOLERANCE = 1e-3  # of the largest logit; rounding of another order of summation stays a hundred times below
+FP32_TOLERANCE = 1e-3  # of the largest score; rounding of another order of summation stays a hundred times below
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BUILT_IN = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -65,19 +71,23 @@ class MergeReport:
     base: str
     base_weights: str  # `as stored`, or how they were dequantised
     dtype: str  # of the merged weights
-    max_logit_difference: float
-    top1_agreement: float  # share of positions with the same likeliest token, 0 to 1
+    scores: str  # what was compared: `logits`, or the `rewards` of a reward model
+    max_difference: float  # of these
+    agreement: float  # share of positions with the same likeliest token, or of pairs in the same order, 0 to 1
     tokens: int  # compared
     prompts: str  # which
     warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people, one fact a line."""
+        rewards = self.scores == "rewards"
+        head = ", the score head as float32" if rewards and self.dtype != "float32" else ""
+        same = "pairs in the same order:" if rewards else "same top token at"
         return [
-            f"merged onto   {self.base} ({self.base_weights}), in fp32, stored as {self.dtype}",
+            f"merged onto   {self.base} ({self.base_weights}), in fp32, stored as {self.dtype}{head}",
             f"compared on   {self.tokens} tokens ({self.prompts}), the merged model loaded fresh",
-            f"agreement     largest logit difference {self.max_logit_difference:.2e}, "
-            f"same top token at {100 * self.top1_agreement:.2f}%",
+            f"agreement     largest difference of {self.scores} {self.max_difference:.2e}, "
+            f"{same} {100 * self.agreement:.2f}%",
             *(f"note          {warning}" for warning in self.warnings),
             f"written to    {self.output}",
         ]
@@ -116,28 +126,33 @@ def merge(
     made_of = _made_of(source, store)
     ids, which = (prompts, "given") if prompts is not None else comparison_prompts(source.run, tokenizer, template)
 
-    merged, expected, base_weights = _merged(source, ids)
-    set_token_ids(merged, tokenizer, source.meta.stop_ids)
+    merged, expected, base_weights = _merged(source, tokenizer, ids)
     models = [merged]  # an 8B model in fp32 is 32 GB: it goes before the fresh one comes
     del merged
     report: list[MergeReport] = []
 
     def write(place: Path) -> None:
         lm = models.pop()
+        head = lm.get_parameter(SCORE).data if source.is_reward else None
         lm.to(dtype=DTYPES[store])  # type: ignore[call-arg]  # the one cast
+        if head is not None:
+            lm.get_parameter(SCORE).data = head
         lm.save_pretrained(place)
         del lm
         tokenizer.save_pretrained(place)
         check_result(place, "the merged model")
-        difference, agreement, count = compare(expected, logits(_fresh(place), ids))
+        difference, agreement = compare(expected, logits(_fresh(place, source.is_reward), ids))
+        what = "rewards" if source.is_reward else "logits"
         largest = max(float(e.abs().max()) for e in expected)
         if store == "float32" and difference > FP32_TOLERANCE * max(1.0, largest):
             raise RunError(
-                f"the merged model does not score like the adapter (logits differ by up to {difference:.3g}), so "
+                f"the merged model does not score like the adapter ({what} differ by up to {difference:.3g}), so "
                 "nothing was written; please report this with the adapter's adapter_config.json"
             )
-        name, notes = source.section.name_or_path, source.warnings
-        report.append(MergeReport(target, name, base_weights, store, difference, agreement, count, which, notes))
+        name, count = source.section.name_or_path, sum(map(len, ids))
+        report.append(
+            MergeReport(target, name, base_weights, store, what, difference, agreement, count, which, source.warnings)
+        )
         mark = {"tuner": tuner.__version__} | made_of | dataclasses.asdict(report[0])
         del mark["output"]  # no paths of this machine
         mark["base"] = Path(name).name if Path(name).exists() else name
@@ -195,11 +210,13 @@ class Source:
     meta: AdapterMeta
     section: ModelSection
     warnings: tuple[str, ...]
+    is_reward: bool  # it gives rewards, and has a score head of its own
 
 
 def _source(directory: Path, run: Path | None, base: str | None) -> Source:
     meta, warnings = _meta(directory)
-    return Source(directory, run, meta, meta.base_section(base, "float32"), warnings)
+    is_reward = read_peft_config(directory).get("task_type") == "SEQ_CLS"
+    return Source(directory, run, meta, meta.base_section(base, "float32"), warnings, is_reward)
 
 
 def find_adapter(path: Path) -> tuple[Path, Path | None]:
@@ -261,7 +278,7 @@ def _refuse_tied(base: PreTrainedModel, directory: Path) -> None:
     """With tied embeddings a delta on one of the two would reach the other too (or, merged by peft, count twice)."""
     parts = {part for key in saved_keys(directory) for part in key.split(".")}
     touched = parts & {"embed_tokens", "lm_head"}
-    if touched and base.config.tie_word_embeddings:
+    if touched and base.config.tie_word_embeddings and base.get_output_embeddings() is not None:
         raise ModelError(
             f"{directory} trains {' and '.join(sorted(touched))}, which this base ties together, so no merged model "
             "scores like it; use the adapter unmerged"
@@ -279,10 +296,13 @@ def count_weights(files: Sequence[Path]) -> Counter[str]:
     return counts
 
 
-def _merged(source: Source, prompts: Sequence[Sequence[int]]) -> tuple[PreTrainedModel, list[Tensor], str]:
-    """`(base with the adapter merged in, logits of the adapter on its base, what base that was)`, all fp32."""
-    base, base_weights = _reference_base(source.section)
+def _merged(
+    source: Source, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]]
+) -> tuple[PreTrainedModel, list[Tensor], str]:
+    """`(base with the adapter merged in, scores of the adapter on its base, what base that was)`, all fp32."""
+    base, base_weights = _reference_base(source.section, source.is_reward)
     _refuse_tied(base, source.directory)
+    (set_padding if source.is_reward else set_token_ids)(base, tokenizer, source.meta.stop_ids)
     model = load_adapter(base, source.directory).eval()
     expected = logits(model, prompts)
     try:
@@ -293,25 +313,25 @@ def _merged(source: Source, prompts: Sequence[Sequence[int]]) -> tuple[PreTraine
     return merged, expected, base_weights
 
 
-def _reference_base(section: ModelSection) -> tuple[PreTrainedModel, str]:
+def _reference_base(section: ModelSection, is_reward: bool) -> tuple[PreTrainedModel, str]:
     """The base in fp32 on the CPU, as the adapter knew it, and a word on what that is."""
     if not section.load_in_4bit:
-        return load_base(section, "cpu", trainable=False), "weights as stored"
+        return load_base(section, "cpu", trainable=False, reward=is_reward), "weights as stored"
     name = section.bnb_4bit_quant_type.upper()
     double = ", double quantisation" if section.bnb_4bit_use_double_quant else ""
-    return dequantized_base(
-        section
-    ), f"weights dequantised from {name}{double}: the base this QLoRA adapter was trained on"
+    what = f"weights dequantised from {name}{double}: the base this QLoRA adapter was trained on"
+    return dequantized_base(section, is_reward), what
 
 
-def dequantized_base(section: ModelSection) -> PreTrainedModel:
+def dequantized_base(section: ModelSection, is_reward: bool = False) -> PreTrainedModel:
     """The 4-bit base of `section`, quantised anew as in training and dequantised before any forward, in fp32.
 
     (After an evaluation forward on some CPUs bitsandbytes' packed weights no longer dequantise to themselves.)
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = load_base(section, device, trainable=False)
-    plain = load_base(section.model_copy(update={"load_in_4bit": False, "dtype": "float32"}), "cpu", trainable=False)
+    stored = section.model_copy(update={"load_in_4bit": False, "dtype": "float32"})
+    quantized = load_base(section, device, trainable=False, reward=is_reward)
+    plain = load_base(stored, "cpu", trainable=False, reward=is_reward)
     with torch.no_grad():
         for name, module in quantized.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
@@ -357,8 +377,15 @@ def _held_out(run: Path, renderer: Renderer) -> list[list[int]]:
         return []
     source = own.data.eval[0].model_copy(update={"limit": NUM_PROMPTS})
     data = own.data.model_copy(update={"max_length": MAX_TOKENS, "overlong": "truncate"})
-    split = load_split([source], data, renderer.tokenizer, renderer.template)
-    return [tokens.ids() for tokens in split.tokens[:NUM_PROMPTS]]
+    accepts = ("chat", "text", "preference")
+    split = load_split([source], data, renderer.tokenizer, renderer.template, accepts=accepts)
+    return [ids for tokens in split.tokens for ids in _documents(tokens)][:NUM_PROMPTS]
+
+
+def _documents(tokens: Tokens) -> list[list[int]]:
+    """The prompt with each of its answers; of a chat, all of it."""
+    parts = [(*tokens.trunk, *branch) for branch in tokens.branches or ((),)]
+    return [[int(i) for span in part for i in span.ids] for part in parts]
 
 
 def _ids(renderer: Renderer, messages: Sequence[Message], answer: str) -> list[int]:
@@ -378,27 +405,31 @@ def _ids(renderer: Renderer, messages: Sequence[Message], answer: str) -> list[i
 
 
 def logits(lm: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """`[tokens, vocabulary]` fp32 of each prompt, one at a time."""
+    """fp32 of each prompt, one at a time: `[tokens, vocabulary]`, or `[1]` of a reward model, which reads the end."""
     with torch.no_grad():
         return [lm(input_ids=torch.tensor([list(p)]), use_cache=False).logits[0].float() for p in prompts]
 
 
-def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float, int]:
-    """`(largest difference, share of positions with the same top token, positions)`."""
-    difference, same, count = 0.0, 0, 0
+def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:
+    """`(largest difference, share of positions with the same top token)`; of rewards, share of pairs in one order."""
+    difference, same = 0.0, list[bool]()
     for e, a in zip(expected, actual, strict=True):
         gap = float((e - a).abs().max())
         if not gap < float("inf"):
-            raise NonFiniteError("the merged model gives logits that are not finite; nothing was written")
+            raise NonFiniteError("the merged model gives scores that are not finite; nothing was written")
         difference = max(difference, gap)
-        same += int((e.argmax(-1) == a.argmax(-1)).sum())
-        count += e.shape[0]
-    return difference, same / count, count
+        if e.ndim > 1:
+            same += (e.argmax(-1) == a.argmax(-1)).tolist()
+    if not same:
+        pairs = itertools.combinations([(float(e), float(a)) for e, a in zip(expected, actual, strict=True)], 2)
+        same = [(one[0] > other[0]) == (one[1] > other[1]) for one, other in pairs]
+    return difference, sum(same) / max(1, len(same))
 
 
-def _fresh(directory: Path) -> PreTrainedModel:
+def _fresh(directory: Path, is_reward: bool) -> PreTrainedModel:
     """What a user of plain transformers gets, in fp32; every key of it must be there and known."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    auto = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    loaded: Any = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     lm, info = loaded
     odd = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if odd:

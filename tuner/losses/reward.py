@@ -163,13 +163,22 @@ def llama2_combined(helpfulness: Tensor, safety: Tensor, unsafe_prompt: Tensor, 
     """The one score of two reward models by the rule of Llama 2 (arXiv 2307.09288, section 3.2.3), `[S]`.
 
     The safety score where the prompt is one that may elicit unsafe answers or where that score is below the threshold,
-    else the helpfulness score.
+    else the helpfulness score. The paper compares probabilities, σ of the rewards, and takes the logit of the one it
+    chose: which is its reward.
 
     Args:
-        helpfulness, safety: probabilities, σ of the rewards, in (0, 1); `[S]`.
+        helpfulness, safety: rewards, `[S]`.
         unsafe_prompt: `[S]` bool.
+        threshold: a probability, in (0, 1).
 
     Returns:
-        The logit of that score; the paper whitens it over the batch afterwards.
+        The chosen rewards; the paper whitens them afterwards.
     """
-    return torch.where(unsafe_prompt | (safety < threshold), safety, helpfulness).logit()
+    return torch.where(unsafe_prompt | (safety.sigmoid() < threshold), safety, helpfulness)
+
+
+def whiten(values: Tensor) -> Tensor:
+    """`[n]` with mean 0 and standard deviation 1 (of all n, not n - 1); zeros where they are all equal."""
+    centred = values - values.mean()
+    deviation = centred.square().mean().sqrt()
+    return centred / deviation if deviation > 0 else torch.zeros_like(values)

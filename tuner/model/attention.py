@@ -7,7 +7,7 @@ keyword argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,8 +21,9 @@ from tuner.types import Batch, Segment
 
 # Not named after "flash" or "sdpa": those strings switch on special cases inside transformers.
 NAME = "tuner_varlen"
-PAD = 16  # sizes of short segments are rounded up to a multiple of this
 SHORT = 1024  # keys of a segment up to which batched matmuls beat torch's fused kernel on CPU in bf16
+# Sizes of short segments are rounded up, the longer the coarser: up to this many tokens, to a multiple of that.
+PADS = ((64, 16), (256, 32), (SHORT, 64))
 
 Plan = tuple[Segment, ...]
 
@@ -85,12 +86,21 @@ def _num_keys(segment: Segment) -> int:
 
 @lru_cache(maxsize=4)  # every layer, forward and backward, asks for the same row
 def _buckets(plan: Plan, rows: int, window: int | None) -> tuple[_Bucket, ...]:
-    """The segments of a row by padded size."""
+    """The segments of a row by padded size, in powers of two at once."""
     sizes: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan:
         queries = segment.query[1] - segment.query[0]
         sizes.setdefault((_round_up(queries), _round_up(_num_keys(segment))), []).append(segment)
-    return tuple(_bucket(segments, *size, rows, window) for size, segments in sizes.items())
+    parts = [(size, part) for size, segments in sizes.items() for part in _powers_of_two(segments)]
+    return tuple(_bucket(part, *size, rows, window) for size, part in parts)
+
+
+def _powers_of_two(segments: Sequence[Segment]) -> Iterator[Sequence[Segment]]:
+    """The segments in parts of 2^k, the largest first."""
+    while segments:
+        n = 1 << (len(segments).bit_length() - 1)
+        yield segments[:n]
+        segments = segments[n:]
 
 
 @lru_cache(maxsize=4)
@@ -100,7 +110,8 @@ def _split(plan: Plan, limit: int) -> tuple[Plan, Plan]:
 
 
 def _round_up(n: int) -> int:
-    return -(-n // PAD) * PAD
+    pad = next(pad for limit, pad in PADS if n <= limit)
+    return -(-n // pad) * pad
 
 
 def _bucket(segments: Sequence[Segment], p: int, length: int, rows: int, window: int | None) -> _Bucket:
@@ -140,7 +151,8 @@ class _ShortSegments(torch.autograd.Function):
 
     The backward of torch's fused CPU kernel takes several times as long. Scores and softmax are in fp32; probabilities
     are kept in the dtype of the inputs, as the fused kernel uses them, so memory is the sum of queries x keys. Sizes
-    are rounded up to a multiple of PAD: the matmul library compiles and keeps a kernel for every size that it meets.
+    are rounded up, and segments batched in powers of two: the matmul library compiles a kernel for every size that it
+    meets, which takes as long as a few uses of it, and keeps some thousand of them.
     """
 
     @staticmethod

@@ -200,7 +200,7 @@ def check_checkpoint(model: ModelSection, *, reward: bool = False) -> tuple[Chec
     """
     checkpoint = find_checkpoint(model.name_or_path, model.revision)
     config = load_config(checkpoint)
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    if is_classifier(config):
         if not reward:
             raise ModelError(
                 f"{checkpoint.path} is a reward model or another classifier, which writes no text; give a causal "
@@ -216,6 +216,11 @@ def check_checkpoint(model: ModelSection, *, reward: bool = False) -> tuple[Chec
     if model.load_in_4bit:
         quantize.check_shapes(config.hidden_size, config.intermediate_size)
     return checkpoint, config
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint has a score head in the place of the language head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def load_base(

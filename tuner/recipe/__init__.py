@@ -32,6 +32,7 @@ from tuner.recipe.schema import (
     LossSection,
     ModelSection,
     Recipe,
+    Scoring,
     TrainSection,
 )
 from tuner.recipe.yaml12 import Node
@@ -49,6 +50,7 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "RecipeError",
+    "Scoring",
     "TrainSection",
     "build",
     "dump",
@@ -56,6 +58,7 @@ __all__ = [
     "is_hub_id",
     "json_schema",
     "load",
+    "overridden",
     "resolved",
 ]
 
@@ -141,6 +144,28 @@ def resolved(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         assert name in SECTIONS[section].model_fields, f"no such key: {key}"
         tree[section][name] = value
     return Recipe.model_validate(tree)
+
+
+def overridden(given: Scoring, overrides: Sequence[str], reads: Sequence[str]) -> Scoring:
+    """`given` with `section.key=value` on top, as in a recipe; `reads` are the keys that may be given.
+
+    Raises:
+        RecipeError: an override that is malformed, has no effect, or has a value that its key cannot take.
+    """
+    root = with_overrides(Node({}, "the command line", 0), overrides)
+    tree = given.model_dump()
+    for section, node in root.plain().items():
+        for name, value in (node if isinstance(node, dict) else {"": node}).items():
+            if f"{section}.{name}" not in reads:
+                key = f"{section}.{name}".rstrip(".")
+                raise RecipeError(
+                    f"override '{key}' has no effect here{did_you_mean(key, reads)}; known: {', '.join(reads)}"
+                )
+            tree[section][name] = value
+    try:
+        return Scoring.model_validate(tree)
+    except ValidationError as error:
+        raise first_error(error, root) from None
 
 
 def _check_shape(root: Node, stage: str | None) -> Node:

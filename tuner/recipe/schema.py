@@ -296,6 +296,13 @@ class Recipe(Section):
     log: LogSection = LogSection()
 
 
+class Scoring(Section):
+    """What `tuner score` needs of a recipe, and takes from the command line where there is none."""
+
+    model: ModelSection
+    data: DataSection
+
+
 # Section name -> its model, in the order of the recipe.
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
@@ -24,22 +24,30 @@ from tuner.data.templates import TEMPLATES, as_openai
 from tuner.errors import DataError, ModelError, RunDirError, UserError
 from tuner.generate import generate
 from tuner.model.adapter import load_adapter, read_meta
+from tuner.model.backbone import Backbone
 from tuner.model.fuse import fuse
 from tuner.model.load import load_base, load_tokenizer, padding_id, resolve_dtype
 from tuner.model.policy import Policy
-from tuner.recipe import DataSource, GenerateSection, ModelSection
+from tuner.model.reward import RewardModel
+from tuner.recipe import DataSource, GenerateSection, ModelSection, Recipe
 from tuner.types import Message
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to speak: a base or a full model, an adapter on it or none, and the template it was trained with."""
+    """What is to speak or to judge: a base or a full model, an adapter on it or none, and the template that it was
+    trained with."""
 
     model: ModelSection
     adapter: Path | None
     chat_template: str
     tokenizer: str  # the directory or Hub id that holds it
-    settings: GenerateSection  # the run's own, where it is a run
+    recipe: Recipe | None  # of the run, where it is one
+
+    @property
+    def settings(self) -> GenerateSection:
+        """How answers are sampled: as the run does, where it is one."""
+        return self.recipe.generate if self.recipe else GenerateSection()
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,7 @@ def run(
     Raises:
         UserError: a prompt, a checkpoint, an adapter, a template or a setting that cannot be used.
     """
-    if output is not None and output.exists():
-        raise RunDirError(f"'{output}' exists; give another --output, or move it away")
-    if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirError(f"--output: the folder of '{output}' cannot be made: {error.strerror}") from None
+    prepare_output(output)
     if file is not None:
         prompts = read_prompts(file, system, raw)
     else:
@@ -109,13 +111,25 @@ def run(
     renderer = Renderer(tokenizer, template)
     said = [_haunted(p.messages) if ghost_attention else p.messages for p in prompts]
     ids = [renderer.prompt_ids(messages, p.tools) for messages, p in zip(said, prompts, strict=True)]
-    answers = _answer(_load(subject), renderer, tokenizer, prompts, ids, chosen, seed)
+    answers = _answer(load_subject(subject, Policy), renderer, tokenizer, prompts, ids, chosen, seed)
     _write(answers, as_rows=file is not None, output=output)
     cut = sum(not answer.stopped for answer in answers)
     if cut:
         what = "the answer was" if len(answers) == 1 else f"{cut} of {len(answers)} answers were"
         print(f"{what} cut at --max-new-tokens {chosen.max_new_tokens}", file=sys.stderr)
     return answers
+
+
+def prepare_output(output: Path | None) -> None:
+    """Makes the folder of a file that is to be written. RunDirError: it exists, or its folder cannot be made."""
+    if output is None:
+        return
+    if output.exists():
+        raise RunDirError(f"'{output}' exists; give another --output, or move it away")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"--output: the folder of '{output}' cannot be made: {error.strerror}") from None
 
 
 def read_prompts(file: Path, system: str | None, raw: bool) -> list[Prompt]:
@@ -198,10 +212,10 @@ def find_subject(model: str | None, adapter: Path | None, base: str | None = Non
     if not directory.is_dir() and not recipes.is_hub_id(model):
         raise ModelError(f"--model: there is no directory '{model}' (a Hub id has the form org/name)")
     if (directory / "config.json").is_file() or not directory.is_dir():
-        return Subject(ModelSection(name_or_path=model), None, "auto", model, GenerateSection())
+        return Subject(ModelSection(name_or_path=model), None, "auto", model, None)
     if (directory / "model" / "config.json").is_file():
         inner = str(directory / "model")
-        return Subject(ModelSection(name_or_path=inner), None, "auto", inner, _run_settings(directory))
+        return Subject(ModelSection(name_or_path=inner), None, "auto", inner, _recipe_of(directory))
     if any((directory / name).is_file() for name in ("adapter_config.json", "adapter/adapter_config.json")):
         raise ModelError(f"--model: '{model}' holds an adapter; give it as --adapter {model}")
     raise ModelError(f"--model: '{model}' holds neither a checkpoint (config.json) nor a finished run")
@@ -226,13 +240,13 @@ def _adapter_subject(given: Path, base: str | None) -> Subject:
     beside = (directory / "tokenizer.json").is_file()
     tokenizer = str(directory) if beside else section.name_or_path
     template = "auto" if beside or meta.chat_template not in TEMPLATES else meta.chat_template  # else the base's own
-    return Subject(section, directory, template, tokenizer, _run_settings(directory.parent))
+    return Subject(section, directory, template, tokenizer, _recipe_of(directory.parent))
 
 
-def _run_settings(run_dir: Path) -> GenerateSection:
-    """The generate section of the recipe of a run, or the defaults where there is no run."""
+def _recipe_of(run_dir: Path) -> Recipe | None:
+    """The recipe of a run, or None where there is no run."""
     file = run_dir / "recipe.yaml"
-    return recipes.load(file, find_inputs=False).generate if file.is_file() else GenerateSection()
+    return recipes.load(file, find_inputs=False) if file.is_file() else None
 
 
 def _settings(own: GenerateSection, given: Mapping[str, Any]) -> GenerateSection:
@@ -247,12 +261,16 @@ def _settings(own: GenerateSection, given: Mapping[str, Any]) -> GenerateSection
     return GenerateSection(**merged)
 
 
-def _load(subject: Subject) -> Policy:
+Scorer = TypeVar("Scorer", bound=Backbone)
+
+
+def load_subject(subject: Subject, kind: type[Scorer]) -> Scorer:
+    """The model of a subject, as a `Policy` or a `RewardModel`, on the best device here and in evaluation mode."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(subject.model, device, trainable=False)
+    base = load_base(subject.model, device, trainable=False, reward=issubclass(kind, RewardModel))
     lm = base if subject.adapter is None else load_adapter(base, subject.adapter)
     fuse(lm)
-    return Policy(lm, compute_dtype=resolve_dtype(subject.model.dtype, device)).eval()
+    return kind(lm, compute_dtype=resolve_dtype(subject.model.dtype, device)).eval()
 
 
 def _answer(
@@ -276,12 +294,19 @@ def _answer(
 
 
 def _write(answers: Sequence[Answer], *, as_rows: bool, output: Path | None) -> None:
-    rows = [json.dumps(answer.row(), ensure_ascii=False) for answer in answers]
-    if output is not None:
-        with output.open("x", encoding="utf-8") as stream:
-            stream.writelines(row + "\n" for row in rows)
-    for answer, row in zip(answers, rows, strict=True):
-        if not as_rows:
+    if as_rows or output is not None:
+        write_rows([answer.row() for answer in answers], output)
+    if not as_rows:
+        for answer in answers:
             print(answer.text)
-        elif output is None:
-            print(row)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], output: Path | None) -> None:
+    """JSON Lines into a new file, or to stdout."""
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    if output is None:
+        for line in lines:
+            print(line)
+        return
+    with output.open("x", encoding="utf-8") as stream:
+        stream.writelines(line + "\n" for line in lines)

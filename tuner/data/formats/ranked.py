@@ -45,6 +45,7 @@ class Ranked(TurnsFormat):
             tuple(completions[i] for i in order),
             tools=tools_of(row, columns),
             scores=tuple(scores[i] for i in order) if scores else None,
+            order=tuple(order),
         )
 
 
