@@ -92,6 +92,8 @@ def test_measures_are_those_of_plain_transformers(make_model: Callable[..., Llam
     good = np.array([label for _, _, label in rows])
     tokens = np.array([sum(len(s.ids) for s in y) for _, y, _ in rows])
     ratios = logps - of_start
+    first = [n for n, (x, _, _) in enumerate(rows[:-1]) if good[n] and x is rows[n + 1][0]]
+    assert len(first) == 3, "each third row is a pair"
     assert 3 <= good.sum() < len(good)
     assert found == pytest.approx(
         {
@@ -101,6 +103,7 @@ def test_measures_are_those_of_plain_transformers(make_model: Callable[..., Llam
             "undesirable_reference_logp": of_start[~good].mean(),
             "reference_loss": 0.5 - 0.5 * of_start[good].sum() / tokens[good].sum(),  # r = z = 0
             "accuracy": np.mean([a > b for a in ratios[good] for b in ratios[~good]]),
+            "pair_accuracy": np.mean([ratios[n] > ratios[n + 1] for n in first]),
             "margin": ratios[good].mean() - ratios[~good].mean(),
             "desirable_tokens": tokens[good].mean(),
             "undesirable_tokens": tokens[~good].mean(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tuner.losses.measures import ahead, labels_against_length
+from tuner.losses.reward import accuracy
 from tuner.losses.unpaired import kl_estimate, mismatches
 from tuner.stages.pairs import DPO, ROUNDING, mean_logps, scored_tokens
 from tuner.types import Batch, Scored, Span, Tokens, Unpaired
@@ -69,7 +70,9 @@ class Judged(DPO):
     def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
         """Mean log-probs of an answer in nats, the reference's too, and its loss; and how good and bad answers compare.
 
-        What needs both kinds is left out where there is one. Log-ratios that are all 0 are correlated with nothing.
+        `accuracy` is of all couples, which compares answers to different prompts too, `pair_accuracy` of those that the
+        data pairs. What needs both kinds is left out where there is one; log-ratios that are all 0 are correlated with
+        nothing.
         """
         answers, desirable = self._answers(scores, constants)
         good, bad = answers.take(desirable), answers.take(~desirable)
@@ -79,6 +82,11 @@ class Judged(DPO):
         if len(kinds) == 2:
             values["accuracy"] = ahead(good.ratio, bad.ratio)
             values["margin"] = float(good.ratio.double().mean() - bad.ratio.double().mean())
+        pairs = self._pairs(scores, constants[:, :-2])
+        whole = (pairs.chosen.tokens > 0) & (pairs.rejected.tokens > 0)  # else a row of one answer
+        if whole.any():
+            right = accuracy(pairs.chosen.ratio[whole], pairs.rejected.ratio[whole])
+            values["pair_accuracy"] = float(right.double().mean())
         noise = ROUNDING * float(answers.policy.abs().mean())
         return values | labels_against_length(answers.ratio, answers.tokens, desirable, noise)
 

@@ -108,6 +108,7 @@ def _rows(before: Values, after: Values) -> list[tuple[str, str, str, str]]:
     measures = [
         ("loss", "loss", "{:.4f}", reference("eval_reference_loss", "{:.4f}")),
         ("accuracy, ties half", "accuracy", "{:.1%}", _chance(after)),
+        ("accuracy within pairs, ties half", "pair_accuracy", "{:.1%}", "50.0% chance"),
         (f"margin ({reward})", "margin", "{:+.2f}", zero),
         *((f"{word}: {reward}", f"{kind}_reward", "{:+.2f}", zero) for kind, word in kinds.items()),
         *(
