@@ -13,11 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tuner.data.pack import pack
 from tuner.model import fuse as fuse_module
 from tuner.model import quantize
 from tuner.model.fuse import FUSED, LAST, FusedLlamaRMSNorm, fuse
 from tuner.model.load import load_base
+from tuner.model.policy import Policy
 from tuner.recipe import ModelSection
+from tuner.types import Tokens, span
 
 IDS = torch.randint(24, 300, (2, 19), generator=torch.Generator().manual_seed(0))
 Make = Callable[..., LlamaForCausalLM]
@@ -114,7 +117,13 @@ def test_names_types_and_counts_stay(make_model: Make) -> None:
     lm = adapted(make_model())
     before = {k: v.clone() for k, v in lm.state_dict().items()}
     classes = {name: type(module) for name, module in lm.named_modules()}
-    assert fuse(lm) == {"LastLlamaDecoderLayer": 1, "FusedLoraLinear": 14, "FusedLlamaRMSNorm": 5, "FusedLlamaMLP": 2}
+    assert fuse(lm) == {
+        "LastLlamaDecoderLayer": 1,
+        "FusedLoraLinear": 14,
+        "FusedLlamaAttention": 2,
+        "FusedLlamaRMSNorm": 5,
+        "FusedLlamaMLP": 2,
+    }
     after = lm.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -129,7 +138,11 @@ def test_every_row_of_the_table_is_a_subclass() -> None:
 
 
 def test_another_activation_keeps_its_mlp(make_model: Make) -> None:
-    assert fuse(make_model(hidden_act="gelu")) == {"LastLlamaDecoderLayer": 1, "FusedLlamaRMSNorm": 5}
+    assert fuse(make_model(hidden_act="gelu")) == {
+        "LastLlamaDecoderLayer": 1,
+        "FusedLlamaAttention": 2,
+        "FusedLlamaRMSNorm": 5,
+    }
 
 
 def test_mistral() -> None:
@@ -145,7 +158,12 @@ def test_mistral() -> None:
     torch.manual_seed(0)
     lm = MistralForCausalLM(config)
     fused = copy.deepcopy(lm)
-    assert fuse(fused) == {"LastMistralDecoderLayer": 1, "FusedMistralRMSNorm": 5, "FusedMistralMLP": 2}
+    assert fuse(fused) == {
+        "LastMistralDecoderLayer": 1,
+        "FusedMistralAttention": 2,
+        "FusedMistralRMSNorm": 5,
+        "FusedMistralMLP": 2,
+    }
     assert_same(results(fused), results(lm))
 
 
@@ -226,8 +244,12 @@ def test_mutant_scaling(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> No
     fused = copy.deepcopy(lm)
     fuse(fused)
     stock = results(lm)
-    original = fuse_module._LoraLinear.apply
-    monkeypatch.setattr(fuse_module._LoraLinear, "apply", lambda x, base, a, b, s: original(x, base, a, b, s / 2))
+    original = fuse_module._LoraLinears.apply
+
+    def halved(x: Tensor, bases: Any, scalings: list[float], *adapters: Tensor) -> Any:
+        return original(x, bases, [s / 2 for s in scalings], *adapters)
+
+    monkeypatch.setattr(fuse_module._LoraLinears, "apply", halved)
     with pytest.raises(AssertionError):
         assert_same(results(fused), stock)
 
@@ -237,3 +259,13 @@ def test_the_backward_of_the_norm_leaves_its_input_alone() -> None:
     before = x.detach().clone()
     FusedLlamaRMSNorm(8)(x).sum().backward()
     assert torch.equal(x, before)
+
+
+def test_mutant_a_rotation_that_turns_the_other_way(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, batch = make_model(), pack([Tokens((span(range(24, 44), False), span(range(24, 44), True)))])
+    plain = Policy(copy.deepcopy(lm), compute_dtype=torch.float32)(batch)
+    fuse(lm)
+    policy, rotated = Policy(lm, compute_dtype=torch.float32), fuse_module._rotated
+    torch.testing.assert_close(policy(batch), plain, rtol=0, atol=1e-5)
+    monkeypatch.setattr(fuse_module, "_rotated", lambda x, cos, sin: rotated(x, cos, -sin / 2))
+    assert float((policy(batch) - plain).detach().abs().max()) > 1e-3

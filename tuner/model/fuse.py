@@ -7,6 +7,7 @@ not cover (DoRA, several active adapters, merged weights) runs the original forw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,10 +15,15 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
 
-from tuner.model import quantize
+from tuner.model import attention, quantize
 
 
 def _frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -33,35 +39,47 @@ def _bias(base: nn.Module, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + b + (x (sA)^T) B^T as one node: fp32 masters A and B, cast to the dtype of x once.
+class _LoraLinears(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + (x (s_i A_i)^T) B_i^T of several linears on one x, as one node: fp32 masters A and B, cast
+    to the dtype of x once.
 
-    LoRA, arXiv:2106.09685 section 4.1. The backward keeps x and x(sA)^T, reads W again (dequantising it again if it is
-    4-bit), and gives fp32 gradients of A and B.
+    LoRA, arXiv:2106.09685 section 4.1. The A of all lie in one matrix, so x is read once for them, and the gradients to
+    x are added up inside of the matmuls. The backward keeps x and x(sA)^T, reads W again (dequantising it again if it
+    is 4-bit), and gives fp32 gradients of A and B.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bases: Sequence[nn.Module], scalings: Sequence[float], *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        a16, b16 = (a * scaling).to(x.dtype), b.to(x.dtype)
-        xa = flat @ a16.T  # [N, r]
-        y = F.linear(flat, _frozen_weight(base, x.dtype), _bias(base, x.dtype))
-        y.addmm_(xa, b16.T)
-        ctx.save_for_backward(flat, xa, a16, b16)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        return y.view(*x.shape[:-1], -1)
+        ranks = [a.shape[0] for a in adapters[::2]]
+        a16 = torch.cat([a * s for a, s in zip(adapters[::2], scalings, strict=True)]).to(x.dtype)  # [R, in], R = sum r
+        b16 = [b.to(x.dtype) for b in adapters[1::2]]
+        xa = flat @ a16.T  # [N, R]
+        outputs = []
+        for base, own, b in zip(bases, xa.split(ranks, dim=1), b16, strict=True):
+            y = F.linear(flat, _frozen_weight(base, x.dtype), _bias(base, x.dtype))
+            outputs.append(y.addmm_(own, b.T).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(flat, xa, a16, *b16)
+        ctx.bases, ctx.scalings, ctx.ranks, ctx.shape = bases, scalings, ranks, x.shape
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, xa, a16, b16 = ctx.saved_tensors
-        g = grads[0].reshape(flat.shape[0], -1)
-        gb = g @ b16  # [N, r]
-        grad_b = (g.T @ xa).float()
-        grad_a = (gb.T @ flat).float().mul_(ctx.scaling)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        flat, xa, a16, *b16 = ctx.saved_tensors
+        gs = [g.reshape(flat.shape[0], -1) for g in grads]
+        gb = torch.cat([g @ b for g, b in zip(gs, b16, strict=True)], dim=1)  # [N, R]
+        grads_b = [(g.T @ own).float() for g, own in zip(gs, xa.split(ctx.ranks, dim=1), strict=True)]
+        grads_a = (gb.T @ flat).float().split(ctx.ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ _frozen_weight(ctx.base, g.dtype)).addmm_(gb, a16).view(ctx.shape)
-        return grad_x, None, grad_a, grad_b, None
+            grad_x = gb @ a16
+            for g, base in zip(gs, ctx.bases, strict=True):
+                grad_x.addmm_(g, _frozen_weight(base, g.dtype))
+            grad_x = grad_x.view(ctx.shape)
+        scaled = [a * s for a, s in zip(grads_a, ctx.scalings, strict=True)]
+        return grad_x, None, None, *(grad for pair in zip(scaled, grads_b, strict=True) for grad in pair)
 
 
 def _only_adapter(module: lora.layer.LoraLayer) -> str | None:
@@ -73,19 +91,46 @@ def _only_adapter(module: lora.layer.LoraLayer) -> str | None:
     return name if plain else None
 
 
+def _dropout(module: Any, name: str) -> nn.Module | None:
+    """The dropout of an adapter where it is at work."""
+    dropout = module.lora_dropout[name]
+    return dropout if module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    """Whether `_LoraLinears` covers what a linear does now."""
+    if not isinstance(module, FusedLoraLinear | FusedLoraLinear4bit):
+        return False
+    name = _only_adapter(module)
+    return name is not None and not module.base_layer.weight.requires_grad and _dropout(module, name) is None
+
+
+def _compute(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast asks for."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The outputs of linears that share one input."""
+    if not all(map(_is_fusible, modules)):
+        return tuple(module(x) for module in modules)
+    named = [(module, module.active_adapters[0]) for module in modules]
+    adapters = [linear[name].weight for m, name in named for linear in (m.lora_A, m.lora_B)]
+    scalings = [m.scaling[name] for m, name in named]
+    return _LoraLinears.apply(_compute(x), [m.base_layer for m in modules], scalings, *adapters)
+
+
 def _lora_forward(module: Any, x: Tensor, original: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if _is_fusible(module):
+        return _linears(x, (module,))[0]
     name = _only_adapter(module)
     if name is None or module.base_layer.weight.requires_grad:
         return original(x, *args, **kwargs)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = _compute(x)
     a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    dropout = module.lora_dropout[name]
-    if module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        # dropout sits between x and A only, so the adapter's x is not the base's x
-        delta = F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scaling
-        return _FrozenLinear.apply(x, module.base_layer) + delta
-    return _LoraLinear.apply(x, module.base_layer, a, b, scaling)
+    # dropout sits between x and A only, so the adapter's x is not the base's x
+    delta = F.linear(F.linear(module.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype)) * scaling
+    return _FrozenLinear.apply(x, module.base_layer) + delta
 
 
 class FusedLoraLinear(lora.Linear):
@@ -119,9 +164,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
     """A 4-bit linear that never repacks its weight, in training or evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _FrozenLinear.apply(x, self)
+        return _FrozenLinear.apply(_compute(x), self)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -184,7 +227,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _mlp_forward(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
+    return module.down_proj(_SwiGLU.apply(*_linears(x, (module.gate_proj, module.up_proj))))
 
 
 class FusedLlamaMLP(LlamaMLP):
@@ -199,6 +242,70 @@ class FusedMistralMLP(MistralMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         return _mlp_forward(self, x)
+
+
+class _Rope(torch.autograd.Function):
+    """x rotated by the angles of its positions (RoPE, arXiv:2104.09864 eq. 34), half against half as Llama lays it out.
+
+    `x` `[1, N, heads, D]`; `cos`, `sin` `[1, N, D]`, equal in both halves of D. The backward turns the other way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos[:, :, None, :half], sin[:, :, None, :half])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1] // 2
+        return _rotated(grads[0], cos[:, :, None, :half], -sin[:, :, None, :half]), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (first, second), (left, right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out
+
+
+def _attention_forward(module: Any, original: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Attention by the plan of a row, with one node for the three projections and one for each rotation."""
+    x = hidden_states
+    if module.config._attn_implementation != attention.NAME or torch.is_autocast_enabled(x.device.type):
+        return original(x, **kwargs)
+    heads = (*x.shape[:-1], -1, module.head_dim)
+    cos, sin = kwargs["position_embeddings"]
+    q, k, v = (y.view(heads) for y in _linears(x, (module.q_proj, module.k_proj, module.v_proj)))
+    q, k = (_Rope.apply(y, cos, sin) for y in (q, k))
+    output, _ = attention.tuner_varlen(
+        module,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        kwargs.get("attention_mask"),
+        scaling=module.scaling,
+        dropout=module.attention_dropout if module.training else 0.0,
+        sliding_window=getattr(module.config, "sliding_window", None),
+        tuner_plan=kwargs.get("tuner_plan"),
+    )
+    return module.o_proj(output.reshape(*x.shape[:-1], -1)), None
+
+
+class FusedLlamaAttention(LlamaAttention):
+    """Attention by the plan of a row, with one node for its projections."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        return _attention_forward(self, super().forward, *args, **kwargs)
+
+
+class FusedMistralAttention(MistralAttention):
+    """Attention by the plan of a row, with one node for its projections."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        return _attention_forward(self, super().forward, *args, **kwargs)
 
 
 class PickingLayer:
@@ -237,6 +344,8 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     bnb.nn.Linear4bit: FrozenLinear4bit,
     LlamaRMSNorm: FusedLlamaRMSNorm,
     MistralRMSNorm: FusedMistralRMSNorm,
+    LlamaAttention: FusedLlamaAttention,
+    MistralAttention: FusedMistralAttention,
     LlamaMLP: FusedLlamaMLP,
     MistralMLP: FusedMistralMLP,
 }
