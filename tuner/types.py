@@ -109,6 +109,13 @@ class Tokens:
         return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans)
 
     @property
+    def labels(self) -> tuple[bool, ...]:
+        """Which branches are good answers: a single one by its label, else the first."""
+        if len(self.branches) == 1:
+            return (self.scores[0] > 0,)
+        return tuple(branch == 0 for branch in range(len(self.branches)))
+
+    @property
     def num_trained(self) -> int:
         """Tokens that are prediction targets with a non-zero weight."""
         return sum(len(s.ids) for spans in (self.trunk, *self.branches) for s in spans if s.trained and s.weight)

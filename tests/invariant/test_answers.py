@@ -22,10 +22,11 @@ from tuner.losses import preference
 from tuner.losses.unpaired import mismatches
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
-from tuner.stages.dpo import DPO, Judged, ProbingJudged
+from tuner.stages.judged import Judged, ProbingJudged
+from tuner.stages.pairs import DPO
 from tuner.train.loop import Loop, StepReport, inform
 from tuner.train.setup import Devices
-from tuner.types import Batch, Tokens, span
+from tuner.types import Batch, Tokens, Unpaired, span
 
 ALONE = Devices(torch.device("cpu"), 0, 1)
 LABELS = [i % 3 != 1 for i in range(20)]
@@ -74,6 +75,63 @@ def as_pairs(tmp_path: Path) -> str:
     return f"data.train={file}"
 
 
+# --- what is reported ---
+
+
+def test_measures_are_those_of_plain_transformers(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    plain, start, samples = make_model(), make_model(seed=1), random_rows(9)
+    policy, reference = (Policy(make_model(seed=seed), compute_dtype=torch.float32) for seed in (0, 1))
+    loss = preference.resolve("kto", {"beta": 0.02, "nll_weight": 0.5})
+    stage = inform(ProbingJudged(loss, lambda batch, _: reference(batch).detach()), policy, samples, 300, ALONE)
+    assert isinstance(stage, Judged)
+    batch = pack(samples)
+    with torch.no_grad():
+        found = stage.measures(stage.scores(policy, batch, samples), stage.constants(batch, samples))
+        rows = [(s.trunk, b, label) for s in samples for b, label in zip(s.branches, s.labels, strict=True)]
+        logps, of_start = (np.array([float(summed(lm, x, y)) for x, y, _ in rows]) for lm in (plain, start))
+    good = np.array([label for _, _, label in rows])
+    tokens = np.array([sum(len(s.ids) for s in y) for _, y, _ in rows])
+    ratios = logps - of_start
+    first = [n for n, (x, _, _) in enumerate(rows[:-1]) if good[n] and x is rows[n + 1][0]]
+    assert len(first) == 3, "each third row is a pair"
+    assert 3 <= good.sum() < len(good)
+    assert found == pytest.approx(
+        {
+            "desirable_logp": logps[good].mean(),
+            "undesirable_logp": logps[~good].mean(),
+            "desirable_reference_logp": of_start[good].mean(),
+            "undesirable_reference_logp": of_start[~good].mean(),
+            "reference_loss": 0.5 - 0.5 * of_start[good].sum() / tokens[good].sum(),  # r = z = 0
+            "accuracy": np.mean([a > b for a in ratios[good] for b in ratios[~good]]),
+            "pair_accuracy": np.mean([ratios[n] > ratios[n + 1] for n in first]),
+            "margin": ratios[good].mean() - ratios[~good].mean(),
+            "desirable_tokens": tokens[good].mean(),
+            "undesirable_tokens": tokens[~good].mean(),
+            "longer_is_better": np.mean([(a > b) + 0.5 * (a == b) for a in tokens[good] for b in tokens[~good]]),
+            "reward_length_correlation": np.corrcoef(ratios, tokens)[0, 1],
+            "preferred_length_correlation": np.corrcoef(good, tokens)[0, 1],
+        },
+        abs=1e-4,
+    )
+
+
+def test_a_run_ends_with_a_report_of_good_and_bad_answers(
+    judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run(judged, tmp_path / "run", "eval.prompts=3", "eval.samples=3", "generate.max_new_tokens=4")
+    before, after = lines[0], lines[-1]
+    assert before["eval_reference_loss"] == pytest.approx(before["eval_loss"], abs=1e-6)
+    assert after["eval_kl"] != after["eval_kl_estimate"], "one is of sampled answers, the other of the data's"
+    out = capsys.readouterr().out
+    assert "report   13 good and 7 bad held-out answers, 3 of their prompts answered at temperature 1" in out
+    rows = {line[9:].split("  ")[0]: line for line in out.splitlines() if line.startswith("         ")}
+    names = {"loss", "accuracy, ties half", "good: log-ratio", "bad: log-ratio", "good: log-prob", "bad: log-prob"}
+    assert names | {"KL that the loss estimates, nats an answer", "KL to the reference, nats an answer"} <= rows.keys()
+    assert rows["bad: log-prob"].endswith(f"{after['eval_undesirable_reference_logp']:.2f} the reference")
+    assert rows["tokens an answer"].endswith(f"{after['eval_desirable_tokens']:.1f} the good answers")
+    assert "chosen" not in out and "rejected" not in out
+
+
 # --- the start ---
 
 
@@ -81,7 +139,7 @@ def check_start(lines: Sequence[dict[str, Any]], loss: float) -> None:
     """Nothing has been learned: every reward and the KL are 0, and so the loss is that of r = z = 0."""
     before = lines[0]
     assert before["eval_loss"] == pytest.approx(loss, abs=1e-6)
-    rewards = ("eval_desirable_reward", "eval_undesirable_reward", "eval_kl")
+    rewards = ("eval_desirable_reward", "eval_undesirable_reward", "eval_kl_estimate")
     assert max(abs(before[name]) for name in rewards if name in before) <= 1e-6
     assert before["eval_accuracy"] == 0.5 and before["eval_margin"] == pytest.approx(0, abs=1e-6)
 
@@ -95,7 +153,7 @@ KTO_START = sum(1.5 if label else 1.0 for label in LABELS) / len(LABELS) / 2  # 
 def test_kto_starts_at_half_the_weights_and_moves(start: list[str], judged: Path, tmp_path: Path) -> None:
     lines = run(judged, tmp_path / "run", *start)
     check_start(lines, KTO_START)
-    assert lines[1]["desirable_reward"] == lines[1]["undesirable_reward"] == lines[1]["kl"] == 0
+    assert lines[1]["desirable_reward"] == lines[1]["undesirable_reward"] == lines[1]["kl_estimate"] == 0
     assert abs(lines[2]["desirable_reward"]) > 1e-4, "the policy has moved away from its reference"
     assert lines[-1]["eval_accuracy"] > 0.5 and lines[-1]["eval_loss"] < KTO_START
 
@@ -104,7 +162,7 @@ def test_bco_starts_at_ln_2(judged: Path, tmp_path: Path) -> None:
     for kept in ("false", "true"):
         lines = run(judged, tmp_path / kept, "loss={type: bco}", f"reference.cache={kept}")
         check_start(lines, float(np.log(2)))
-        assert "kl" not in lines[1] and lines[-1]["eval_accuracy"] > 0.5
+        assert "kl_estimate" not in lines[1] and lines[-1]["eval_accuracy"] > 0.5
     assert_same(adapter(tmp_path / "false"), adapter(tmp_path / "true"), 1e-6)
 
 
@@ -143,16 +201,23 @@ def test_the_reference_never_moves_and_is_plain_transformers(
 SPLITS = (("one", "train.microbatch_tokens=100000"), ("alone", "data.packing=false"))
 
 
-@pytest.mark.parametrize("kind", ["kto", "bco", "{type: bco, reward_shift: false}"])
+@pytest.mark.parametrize("kind", ["kto, nll_weight: 0.5", "bco, nll_weight: 0.5", "bco, reward_shift: false"])
 @pytest.mark.parametrize("paired", [False, True], ids=["rows", "pairs"])
 def test_microbatches_do_not_matter(kind: str, paired: bool, judged: Path, as_pairs: str, tmp_path: Path) -> None:
-    loss = f"loss={kind}" if kind.startswith("{") else f"loss={{type: {kind}}}"
+    given = [
+        f"loss={{type: {kind}}}",
+        "train.learning_rate=1e-4",
+        "train.max_steps=12",
+        *([as_pairs] if paired else []),
+    ]
     for name, split in SPLITS:
-        given = [loss, split, "train.learning_rate=1e-4", "train.max_steps=12", *([as_pairs] if paired else [])]
-        lines = run(judged, tmp_path / name, *given)
+        lines = run(judged, tmp_path / name, *given, split)
     assert_same(adapter(tmp_path / "one"), adapter(tmp_path / "alone"), 1e-6)
-    if kind == "kto" and not paired:
-        assert max(line.get("kl", 0) for line in lines) > 0, "an estimate at its bound does not tell the two apart"
+    assert ("nll" in lines[-2]) is ("nll" in kind)
+    if "kto" in kind and not paired:
+        assert max(line.get("kl_estimate", 0) for line in lines) > 0, (
+            "an estimate at its bound does not tell the two apart"
+        )
 
 
 def test_mutant_an_estimate_of_each_microbatch(judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +257,7 @@ def summed(lm: LlamaForCausalLM, trunk: Any, branch: Any) -> Tensor:
 
 
 def kto_of_documents(lm: LlamaForCausalLM, base: LlamaForCausalLM, samples: Sequence[Tokens], shift: int) -> Tensor:
-    """The closed form, from plain transformers, row by row; `shift` moves the answers on."""
+    """The closed form, from plain transformers, row by row, times rows; `shift` moves the answers on."""
     rows = [
         (s, b, (n == 0 if len(s.branches) == 2 else s.scores[0] > 0)) for s in samples for n, b in enumerate(s.branches)
     ]
@@ -203,13 +268,17 @@ def kto_of_documents(lm: LlamaForCausalLM, base: LlamaForCausalLM, samples: Sequ
             summed(lm, rows[i][0].trunk, rows[j][1]) - summed(base, rows[i][0].trunk, rows[j][1]) for i, j in dealt
         ]
         z = torch.stack(ratios).mean().clamp(min=0)
-    total = torch.zeros(())
+    total = nll = torch.zeros(())
+    tokens = 0
     for sample, branch, good in rows:
         with torch.no_grad():
             reference = summed(base, sample.trunk, branch)
-        surplus = 0.2 * (summed(lm, sample.trunk, branch) - reference - z)
+        logp = summed(lm, sample.trunk, branch)
+        surplus = 0.2 * (logp - reference - z)
         total = total + (1 - torch.sigmoid(surplus if good else -surplus))
-    return total
+        if good:
+            nll, tokens = nll - logp, tokens + sum(len(s.ids) for s in branch)
+    return total + len(rows) * 0.5 * nll / tokens
 
 
 def compare(make_model: Callable[..., LlamaForCausalLM], shift: int = 0) -> None:
@@ -225,10 +294,11 @@ def compare(make_model: Callable[..., LlamaForCausalLM], shift: int = 0) -> None
         with torch.no_grad():
             return frozen(batch)
 
-    stage = inform(ProbingJudged(preference.resolve("kto", {"beta": 0.2}), reference), policy, samples, 200, ALONE)
-    sums = stage.losses(policy, pack(samples), samples)
-    assert float(sums["kl"]) > 0, "an estimate at its bound does not show how it was made"
-    mine = sums["kto"]
+    loss = preference.resolve("kto", {"beta": 0.2, "nll_weight": 0.5})
+    stage = inform(ProbingJudged(loss, reference), policy, samples, 200, ALONE)
+    sums, counts = stage.losses(policy, pack(samples), samples), stage.denominators(samples)
+    assert float(sums["kl_estimate"]) > 0, "an estimate at its bound does not show how it was made"
+    mine = sums["kto"] + sums["nll"] * counts["kto"] / counts["nll"]
     theirs = kto_of_documents(plain, base, samples, shift)
     mine.backward()
     theirs.backward()
@@ -248,6 +318,17 @@ def test_shared_prompts_and_probes_give_the_gradients_of_separate_rows(
 def test_mutant_answers_dealt_otherwise(make_model: Callable[..., LlamaForCausalLM]) -> None:
     with pytest.raises(AssertionError):
         compare(make_model, shift=1)
+
+
+def test_mutant_the_nll_of_bad_answers_too(
+    make_model: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_all(rows: Unpaired, *, nll_weight: float = 0.0) -> Tensor:
+        return -nll_weight * rows.answers.policy
+
+    monkeypatch.setattr("tuner.losses.unpaired.desirable_nll", of_all)
+    with pytest.raises(AssertionError):
+        compare(make_model)
 
 
 def test_probes_are_cut_to_the_room_that_a_document_has() -> None:
@@ -377,11 +458,16 @@ def test_what_kto_cannot_have_is_refused(judged: Path, tmp_path: Path) -> None:
         run(judged, tmp_path / "run", "reference.cache=true")
 
 
+@pytest.mark.parametrize(("label", "absent"), [(True, "undesirable"), (False, "desirable")])
 def test_rows_of_one_label_are_trained_on_aloud(
-    judged: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    label: bool, absent: str, judged: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.loads(line) | {"label": True} for line in rows_file.read_text().splitlines()]
+    rows = [json.loads(line) | {"label": label} for line in rows_file.read_text().splitlines()]
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = run(judged, tmp_path / "run", "train.max_steps=2")
-    assert "all of 20 answers are labelled true, so nothing tells good from bad ones" in capsys.readouterr().out
-    assert "undesirable_reward" not in lines[1] and "eval_accuracy" not in lines[0]
+    lines = run(judged, tmp_path / "run", "train.max_steps=2", "loss.nll_weight=0.5")
+    out = capsys.readouterr().out
+    assert f"all of 20 answers are labelled {str(label).lower()}, so nothing tells good from bad ones" in out
+    assert f"{absent}_reward" not in lines[1] and "eval_accuracy" not in lines[0]
+    assert (lines[1]["nll"] > 0) is label, "without good answers there is nothing to hold likely"
+    word = {"undesirable": "bad", "desirable": "good"}[absent]
+    assert f"0 {word}" in out and f"{word}: log-ratio" not in out and "accuracy, ties half" not in out

@@ -24,7 +24,7 @@ from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.stages import dpo, sft
-from tuner.stages.dpo import DPO
+from tuner.stages.pairs import DPO
 from tuner.train.loop import Loop, StepReport
 from tuner.types import Batch, Tokens, span
 

@@ -21,7 +21,7 @@ from tuner.errors import RecipeError
 from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.stages import dpo
-from tuner.stages.dpo import DPO
+from tuner.stages.pairs import DPO
 from tuner.stages.report import preference_report
 from tuner.train import answers as module
 from tuner.train.answers import TOGETHER, Answers, Prompt, choose_prompts
@@ -132,20 +132,25 @@ def test_mutant_kl_of_the_policy_to_itself(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "kl"),
+    ("overrides", "unmeasured"),
     [
-        (["reference.cache=true"], True),  # the pass without the adapter costs no memory
-        (["reference.cache=true", "adapter=null", "train.learning_rate=1e-4"], False),  # a copy that is let go
-        (["adapter=null", "train.learning_rate=1e-4"], True),
-        (["loss.type=simpo"], False),  # without a reference
+        (["reference.cache=true"], None),  # the pass without the adapter costs no memory
+        (["reference.cache=true", "adapter=null", "train.learning_rate=1e-4"], "reference.cache let the reference"),
+        (["adapter=null", "train.learning_rate=1e-4"], None),
+        (["loss.type=simpo"], "no reference"),
     ],
 )
-def test_kl_is_there_where_the_reference_is(overrides: list[str], kl: bool, pref: Path, tmp_path: Path) -> None:
+def test_kl_is_there_where_the_reference_is(
+    overrides: list[str], unmeasured: str | None, pref: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kl = unmeasured is None
     summary = run(pref, tmp_path / "run", *overrides, "train.max_steps=1")
     assert ("eval_kl" in summary["after"]) == ("eval_kl" in summary["before"]) == kl
     assert not kl or (summary["before"]["eval_kl"] == 0 and summary["after"]["eval_kl"] != 0)
     assert summary["after"]["eval_answer_tokens"] > 0
     assert ("eval_reference_loss" in summary["after"]) == ("loss.type=simpo" not in overrides)
+    out = capsys.readouterr().out
+    assert ("unmeasured" in out) is not kl and (unmeasured is None or f"-   unmeasured: {unmeasured}" in out)
 
 
 class Shared(Devices):
@@ -196,6 +201,8 @@ def test_prompts_are_different_ones_that_leave_room() -> None:
     chosen, too_long = choose_prompts(samples, 10, longest=2, seed=0)
     assert sorted(prompt.ids for prompt in chosen) == [(5,), (6, 6), (8,)]
     assert too_long == 1 and all(prompt.preferred == (1,) for prompt in chosen)
+    bad = Tokens((span([9], False),), ((span([1], True),),), scores=(0.0,))
+    assert choose_prompts([bad], 1, longest=2, seed=0) == ([Prompt((9,), ())], 0), "a bad answer is not preferred"
     assert choose_prompts(samples, 2, longest=2, seed=0)[0] == chosen[:2]
     assert choose_prompts(samples, 0, longest=2, seed=0) == ([], 0)
 
@@ -325,6 +332,7 @@ BEFORE = {
     "eval_rejected_reference_logp": -30.0,
     "eval_reference_loss": 0.6931,
     "eval_chosen_tokens": 11.0,
+    "eval_rejected_tokens": 14.0,
     "eval_longer_is_better": 0.4,
     "eval_preferred_length_correlation": -0.2,
     "eval_kl": 0.0,
@@ -365,13 +373,49 @@ report   400 held-out pairs, 64 of their prompts answered at temperature 1
 
 def test_the_table() -> None:
     summary = {"before": BEFORE, "after": AFTER, "answers": [{"asked": "why?", "after": "it's so"}]}
-    assert preference_report(summary, 400, 64) == TABLE.splitlines()
+    assert preference_report(summary, "400 held-out pairs", 400, 64) == TABLE.splitlines()
+
+
+def labelled(values: dict[str, float]) -> dict[str, float]:
+    """The same numbers of labelled answers."""
+    renamed = {k.replace("chosen", "desirable").replace("rejected", "undesirable"): v for k, v in values.items()}
+    return renamed | {"eval_kl_estimate": abs(values["eval_margin"]) / 2}
+
+
+def test_the_table_of_labelled_answers() -> None:
+    summary = {"before": labelled(BEFORE), "after": labelled(AFTER)}
+    found = preference_report(summary, "300 good and 500 bad held-out answers", 300, 64)
+    assert found[0] == "report   300 good and 500 bad held-out answers, 64 of their prompts answered at temperature 1"
+    assert [line.split() for line in found[5:9]] == [
+        "good: log-ratio +0.00 -2.00 0 the reference".split(),
+        "bad: log-ratio +0.00 -7.00 0 the reference".split(),
+        "good: log-prob -20.00 -22.00 -20.00 the reference".split(),
+        "bad: log-prob -30.00 -37.00 -30.00 the reference".split(),
+    ]
+    assert found[9].endswith("-0.20 being good (1 or 0) and length")
+    assert found[10].split() == "KL that the loss estimates, nats an answer 0.00 2.50 0 the reference".split()
+    assert found[12].endswith("11.0 the good answers") and len(found) == 14
+
+
+def test_what_is_not_measured_is_left_out_of_the_table() -> None:
+    """Of answers of one label nothing is compared."""
+    gone = ("accuracy", "margin", "_desirable", "longer", "preferred")
+    own = [{k: v for k, v in labelled(each).items() if not any(word in k for word in gone)} for each in (BEFORE, AFTER)]
+    text = "\n".join(preference_report({"before": own[0], "after": own[1]}, "8 bad held-out answers", 0, 64))
+    assert "accuracy" not in text and "margin" not in text and "good:" not in text and "bad: log-prob" in text
+    assert "warning" not in text
+
+
+def test_log_ratios_are_called_so_where_the_loss_of_the_reference_is_unknown() -> None:
+    own = [{k: v for k, v in each.items() if k != "eval_reference_loss"} for each in (BEFORE, AFTER)]
+    text = "\n".join(preference_report({"before": own[0], "after": own[1]}, "400 held-out pairs", 400, 64))
+    assert "chosen: log-ratio" in text and "log-prob a token" not in text
 
 
 def test_a_loss_without_a_reference_is_shown_without_one() -> None:
     about = ("reference", "kl", "answer")
     own = [{k: v for k, v in values.items() if not any(word in k for word in about)} for values in (BEFORE, AFTER)]
-    text = "\n".join(preference_report({"before": own[0], "after": own[1]}, 400, 0))
+    text = "\n".join(preference_report({"before": own[0], "after": own[1]}, "400 held-out pairs", 400, 0))
     assert "reference" not in text and "ratio" not in text and "temperature" not in text
     assert "chosen: log-prob a token" in text
 
@@ -380,9 +424,14 @@ def test_a_loss_without_a_reference_is_shown_without_one() -> None:
 def test_an_accuracy_of_length_alone_is_said_aloud(share: float, longer: float, rule: str | None) -> None:
     after = AFTER | {"eval_accuracy": share, "eval_longer_is_better": longer}
     warnings = [
-        line for line in preference_report({"before": BEFORE, "after": after}, 400, 64) if line.startswith("warning")
+        line
+        for line in preference_report({"before": BEFORE, "after": after}, "400 held-out pairs", 400, 64)
+        if line.startswith("warning")
     ]
-    assert len(warnings) == (rule is not None)
+    summary = {"before": labelled(BEFORE), "after": labelled(after)}
+    of_labels = [line for line in preference_report(summary, "answers", 400, 64) if line.startswith("warning")]
+    assert len(warnings) == len(of_labels) == (rule is not None)
+    assert rule is None or f"a good answer is {rule} than a bad one in {max(longer, 1 - longer):.1%}" in of_labels[0]
     assert rule is None or f"the {rule} answer is the chosen one in {max(longer, 1 - longer):.1%}" in warnings[0]
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from tuner.losses import measures
-from tuner.losses.measures import against_length, correlation, length_explains, mean_and_error
+from tuner.losses.measures import (
+    against_length,
+    ahead,
+    correlation,
+    labels_against_length,
+    length_explains,
+    mean_and_error,
+)
 
 
 def test_correlation_is_that_of_numpy() -> None:
@@ -61,6 +68,30 @@ def test_mutant_lengths_of_the_other_side(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(measures, "correlation", lambda x, y, noise=0.0: original(x, y.view(-1, 2).flip(1).flatten()))
     with pytest.raises(AssertionError):
         check_against_length()
+
+
+def test_couples_are_counted_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    good, bad = rng.integers(0, 20, 70), rng.integers(0, 17, 31)  # with many ties
+    wins = [(a > b) + 0.5 * (a == b) for a in good for b in bad]
+    assert ahead(torch.from_numpy(good), torch.from_numpy(bad)) == pytest.approx(np.mean(wins), abs=1e-12)
+    assert ahead(torch.zeros(3), torch.zeros(2)) == 0.5
+
+
+def test_lengths_of_labelled_answers() -> None:
+    rewards, tokens = REWARDS.flatten(), TOKENS.flatten()
+    good = torch.tensor([True, True, False, False, True, False])
+    assert labels_against_length(rewards, tokens, good) == pytest.approx(
+        {
+            "desirable_tokens": 10 / 3,  # of 5, 3, 2
+            "undesirable_tokens": 17 / 3,  # of 4, 4, 9
+            "longer_is_better": 2 / 9,  # the 5 over both 4s
+            "reward_length_correlation": np.corrcoef([2, 1, 0, 3, 1, -1], [5, 3, 4, 4, 2, 9])[0, 1],
+            "preferred_length_correlation": np.corrcoef([1, 1, 0, 0, 1, 0], [5, 3, 4, 4, 2, 9])[0, 1],
+        }
+    )
+    one = labels_against_length(rewards * 0, tokens, good | True)
+    assert one == {"desirable_tokens": pytest.approx(27 / 6)}, "nothing is compared, and nothing correlated"
 
 
 @pytest.mark.parametrize(

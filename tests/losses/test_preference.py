@@ -230,7 +230,8 @@ def test_a_loss_of_pair_scope_reads_one_pair_at_a_time(label: str) -> None:
         ("nca_pair", {"f_divergence": "js"}, "loss 'nca_pair' has no parameter 'f_divergence'"),
         ("aot", {"wpo": "plain"}, "loss 'aot' has no parameter 'wpo'"),
         ("simpo", {"length_normalized": True}, "loss 'simpo' has no parameter 'length_normalized'"),
-        ("kto", {"nll_weight": 0.2}, "loss 'kto' has no parameter 'nll_weight'"),
+        ("kto", {"length_normalized": True}, "loss 'kto' has no parameter 'length_normalized'"),
+        ("kto", {"nll_weight": -0.2}, "nll_weight=-0.2: Input should be greater than or equal to 0"),
         ("bradley_terry", {}, "unknown loss 'bradley_terry'"),
     ],
 )

@@ -112,6 +112,19 @@ def test_bco_does_not_move_with_a_constant_in_all_rewards() -> None:
     torch.testing.assert_close(loss(rows)["bco"], loss(Unpaired(moved, DESIRABLE))["bco"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_the_nll_term_is_of_the_good_answers_alone(name: str) -> None:
+    loss, rows, n = preference.resolve(name, {"nll_weight": 0.2}), answers(), numbers()
+    values = loss(rows)
+    torch.testing.assert_close(values[name], preference.resolve(name, {})(rows)[name])
+    assert farthest(values["nll"], torch.where(DESIRABLE, -0.2 * n.w, 0 * n.w)) <= 1e-6
+    (slope,) = torch.autograd.grad(values["nll"].sum(), rows.answers.policy)
+    torch.testing.assert_close(slope, torch.where(DESIRABLE, -0.2, 0.0))
+    assert loss.terms == {name: "items", "nll": "chosen_tokens"}
+    assert loss.denominators(items=24, chosen_tokens=500.0) == {name: 24, "nll": 500.0}
+    assert set(preference.resolve(name, {})(rows)) == {name}
+
+
 def test_needs() -> None:
     assert preference.resolve("kto", {}).needs == {"reference", "mismatched"}
     assert preference.resolve("bco", {}).needs == {"reference"}

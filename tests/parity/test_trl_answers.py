@@ -24,7 +24,8 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tuner.data.pack import pack
 from tuner.losses import preference
 from tuner.model.policy import Policy
-from tuner.stages.dpo import DPO, ProbingJudged
+from tuner.stages.judged import ProbingJudged
+from tuner.stages.pairs import DPO
 from tuner.train.loop import inform
 from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens, span
@@ -113,7 +114,7 @@ def kto(
     stage = ProbingJudged(preference.resolve("kto", weights), reference_of(base))
     informed = inform(stage, policy, samples, 150, ALONE)
     sums = informed.losses(policy, pack(samples), samples)
-    assert float(sums["kl"]) > 0, "the estimate is at its bound, and so says nothing"
+    assert float(sums["kl_estimate"]) > 0, "the estimate is at its bound, and so says nothing"
     return sums["kto"] / ROWS, lm, theirs, other
 
 
@@ -124,7 +125,7 @@ def test_kto(make_model: Make, tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
 def test_mutant_kto_of_another_estimate(
     make_model: Make, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.stages.dpo.mismatches", lambda prompts: tuple((i, i) for i in range(len(prompts))))
+    monkeypatch.setattr("tuner.stages.judged.mismatches", lambda prompts: tuple((i, i) for i in range(len(prompts))))
     with pytest.raises(AssertionError):
         check(*kto(make_model, tokenizer, tmp_path))
 

@@ -46,7 +46,7 @@ class Bound:
         scope: `pair` if the value of an item depends on that item alone, so that a step may be computed in any
             microbatches; `step` if it must see all items of the optimizer step at once (see `slopes` and `replay`).
         needs: what the items must bring beside `policy` and `tokens`: the fields of the same name, or `reference`.
-        terms: term -> what its denominator counts: items, or scored tokens of the chosen answers.
+        terms: term -> what its denominator counts: items, or scored tokens of the chosen (or good) answers.
     """
 
     name: str

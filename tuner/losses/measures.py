@@ -46,25 +46,57 @@ def against_length(rewards: Tensor, tokens: Tensor, noise: float = 0.0) -> dict[
         baseline `preferred_length_correlation`, of being the chosen one (1 or 0). What is undefined is left out.
     """
     preferred = torch.tensor([1.0, 0.0]).expand_as(tokens)
-    correlations = {
-        "reward_length_correlation": correlation(rewards.flatten(), tokens.flatten(), noise),
-        "preferred_length_correlation": correlation(preferred.flatten(), tokens.flatten()),
-    }
     return {
         "chosen_tokens": float(tokens[:, 0].double().mean()),
         "rejected_tokens": float(tokens[:, 1].double().mean()),
         "longer_is_better": float(accuracy(tokens[:, 0], tokens[:, 1]).mean()),
-    } | {name: value for name, value in correlations.items() if value is not None}
+    } | _correlations(rewards.flatten(), tokens.flatten(), preferred.flatten(), noise)
+
+
+def labels_against_length(rewards: Tensor, tokens: Tensor, good: Tensor, noise: float = 0.0) -> dict[str, float]:
+    """The same of answers that are each labelled good or bad.
+
+    Args:
+        rewards, tokens, good: of A answers, `[A]`. noise: as in `correlation`.
+
+    Returns:
+        `desirable_tokens`, `undesirable_tokens`: means. `longer_is_better`: the share of all couples of a good and a
+        bad answer whose good one is the longer one, ties half. And the two correlations of `against_length`, where the
+        preferred answers are the good ones. What is undefined is left out.
+    """
+    kinds = {"desirable_tokens": tokens[good], "undesirable_tokens": tokens[~good]}
+    values = {name: float(kind.double().mean()) for name, kind in kinds.items() if len(kind)}
+    if len(values) == 2:
+        values["longer_is_better"] = ahead(*kinds.values())
+    return values | _correlations(rewards, tokens, good.double(), noise)
+
+
+def _correlations(rewards: Tensor, tokens: Tensor, preferred: Tensor, noise: float) -> dict[str, float]:
+    """Of reward and length, and of being preferred (1 or 0) and length; all `[A]`."""
+    found = {
+        "reward_length_correlation": correlation(rewards, tokens, noise),
+        "preferred_length_correlation": correlation(preferred, tokens),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def ahead(good: Tensor, bad: Tensor) -> float:
+    """How often a value of `[G]` exceeds one of `[B]`, of all G·B couples, ties half: the area under the ROC curve."""
+    ordered = bad.sort().values
+    below, not_above = (torch.searchsorted(ordered, good, right=right) for right in (False, True))
+    return float((below + not_above).double().mean()) / (2 * len(bad))
 
 
 def length_explains(share: float, length_share: float, pairs: int) -> bool:
-    """Whether an accuracy on held-out pairs may be one of length alone.
+    """Whether an accuracy on held-out answers may be one of length alone.
 
     It may if always to prefer the longer answer, or always the shorter one, is better than chance, and the accuracy is
     no better than that: each by more than two standard errors of such a share of `pairs`.
 
     Args:
         share: of the pairs that the policy gets right. length_share: of those whose longer answer is the chosen one.
+            pairs: of which no two share an answer; over all couples of good and bad answers such shares vary no more
+            than over as many pairs as fit among them.
     """
     by_length = max(length_share, 1 - length_share)
     of_chance = STANDARD_ERRORS * math.sqrt(0.25 / pairs)

@@ -1,7 +1,8 @@
 """Options that go with several preference losses: what they do to the log-probs before the formula, or to its value.
 
 They apply in this order: `desensitized` (LD-DPO), `diverged` (f-DPO), `averaged` (length normalisation), then the
-formula, then `policy_weights` (WPO). `chosen_nll` adds a term of its own.
+formula, then `policy_weights` (WPO). `chosen_nll` adds a term of its own, and so does `desirable_nll` to the losses
+over single answers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from tuner.errors import RecipeError
 from tuner.losses.bound import Fraction, NonNegative
-from tuner.types import Pairs, Scored
+from tuner.types import Pairs, Scored, Unpaired
 
 
 def desensitized(pairs: Pairs, *, ld_alpha: Fraction = 1.0) -> Pairs:
@@ -114,3 +115,11 @@ def chosen_nll(pairs: Pairs, *, nll_weight: NonNegative = 0.0) -> Tensor | None:
     RPO (arXiv 2404.19733, eq. 1, which averages within each answer), and 0.2 in Llama 3 (arXiv 2407.21783, 4.1.4).
     """
     return None if nll_weight == 0 else -nll_weight * pairs.chosen.policy
+
+
+def desirable_nll(rows: Unpaired, *, nll_weight: NonNegative = 0.0) -> Tensor | None:
+    """-w log π(y) of good answers and 0 of bad ones, `[R]`: divided by the tokens of the good ones over the step.
+
+    `chosen_nll` for answers that stand alone. What only lowers bad answers may end in text that is neither.
+    """
+    return None if nll_weight == 0 else -nll_weight * torch.where(rows.desirable, rows.answers.policy, 0.0)

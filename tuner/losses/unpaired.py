@@ -1,18 +1,21 @@
 """Log-probs of single answers, each labelled good or bad -> losses, one value per answer.
 
 `r` is β log π(y|x) / π_ref(y|x), `[R]`. The loop divides the sum of what a loss returns by the answers of the whole
-optimizer step. Both losses read a statistic of the step, and are marked so.
+optimizer step. Both losses read a statistic of the step, and are marked so. With both goes an NLL term of the good
+answers, which has a denominator of its own (`options.desirable_nll`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tuner.losses.bound import Binder, Bound, Need, Positive, Scope, read_by, scope_with, show_parameters
+from tuner.losses.bound import Binder, Bound, Need, Per, Positive, Scope, read_by, scope_with, show_parameters
+from tuner.losses.options import desirable_nll
 from tuner.types import Scored, Unpaired
 
 Formula = Callable[..., Tensor]
@@ -24,22 +27,21 @@ def unpaired_loss(name: str, *needs: Need) -> Callable[[Formula], Formula]:
     """Decorator that files a formula over `Unpaired` under `name`, with what it needs beside the reference."""
 
     def add(formula: Formula) -> Formula:
-        def bind(**parameters: object) -> Bound:
-            bound = read_by(formula, parameters)
+        def bind(**parameters: Any) -> Bound:
+            own, option = read_by(formula, parameters), read_by(desirable_nll, parameters)
 
-            def compute(answers: Unpaired) -> dict[str, Tensor]:
-                return {name: formula(answers, **bound)}
+            def compute(rows: Unpaired) -> dict[str, Tensor]:
+                nll = desirable_nll(rows, **option)
+                terms = {name: formula(rows, **own)}
+                return terms if nll is None else {**terms, "nll": nll}
 
-            return Bound(
-                name,
-                "unpaired",
-                scope_with("step", parameters),
-                frozenset({"reference", *needs}),
-                {name: "items"},
-                compute,
-            )
+            terms: dict[str, Per] = {name: "items"}
+            if parameters["nll_weight"]:
+                terms["nll"] = "chosen_tokens"
+            scope = scope_with("step", parameters)
+            return Bound(name, "unpaired", scope, frozenset({"reference", *needs}), terms, compute)
 
-        show_parameters(bind, [formula])
+        show_parameters(bind, [formula, desirable_nll])
         bind.__name__ = name
         bind.__doc__ = formula.__doc__
         UNPAIRED[name] = ("step", bind)

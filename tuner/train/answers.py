@@ -31,7 +31,7 @@ TOGETHER = 32  # prompts answered at once; fixed, for what is drawn depends on w
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a held-out row, and the answer that the row prefers."""
+    """A prompt of a held-out row, and the answer that the row calls good; without tokens if it has none."""
 
     ids: tuple[int, ...]
     preferred: tuple[int, ...]
@@ -49,7 +49,7 @@ def choose_prompts(samples: Sequence[Tokens], count: int, longest: int, seed: in
         if len(ids) > longest:
             too_long.add(ids)
         elif ids not in chosen:
-            chosen[ids] = Prompt(ids, _ids(samples[i].branches[0]))
+            chosen[ids] = Prompt(ids, _ids(samples[i].branches[0]) if samples[i].labels[0] else ())
         if len(chosen) == count:
             break
     return list(chosen.values()), len(too_long)
@@ -97,11 +97,14 @@ class Answers:
         return [self._text(answer) for answer in self._generate(self.shown, temperature=0.0)]
 
     def beside(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
-        """For each prompt that is shown: what was asked, what is preferred, and the answers before and after.
+        """For each prompt that is shown: what was asked, what is preferred if that is known, and the answers.
 
         A run that is resumed may show more prompts than it was asked for before it started to train.
         """
-        rows = [{"asked": self._asked(p), "preferred": self._text(p.preferred)} for p in self.shown]
+        rows = [
+            {"asked": self._asked(p)} | ({"preferred": self._text(p.preferred)} if p.preferred else {})
+            for p in self.shown
+        ]
         for name, answers in (("before", before), ("after", after)):
             for row, answer in zip(rows, answers, strict=False):
                 row[name] = answer
