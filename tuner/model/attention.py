@@ -7,7 +7,7 @@ keyword argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,21 +86,12 @@ def _num_keys(segment: Segment) -> int:
 
 @lru_cache(maxsize=4)  # every layer, forward and backward, asks for the same row
 def _buckets(plan: Plan, rows: int, window: int | None) -> tuple[_Bucket, ...]:
-    """The segments of a row by padded size, in powers of two at once."""
+    """The segments of a row by padded size."""
     sizes: dict[tuple[int, int], list[Segment]] = {}
     for segment in plan:
         queries = segment.query[1] - segment.query[0]
         sizes.setdefault((_round_up(queries), _round_up(_num_keys(segment))), []).append(segment)
-    parts = [(size, part) for size, segments in sizes.items() for part in _powers_of_two(segments)]
-    return tuple(_bucket(part, *size, rows, window) for size, part in parts)
-
-
-def _powers_of_two(segments: Sequence[Segment]) -> Iterator[Sequence[Segment]]:
-    """The segments in parts of 2^k, the largest first."""
-    while segments:
-        n = 1 << (len(segments).bit_length() - 1)
-        yield segments[:n]
-        segments = segments[n:]
+    return tuple(_bucket(segments, *size, rows, window) for size, segments in sizes.items())
 
 
 @lru_cache(maxsize=4)
@@ -151,8 +142,8 @@ class _ShortSegments(torch.autograd.Function):
 
     The backward of torch's fused CPU kernel takes several times as long. Scores and softmax are in fp32; probabilities
     are kept in the dtype of the inputs, as the fused kernel uses them, so memory is the sum of queries x keys. Sizes
-    are rounded up, and segments batched in powers of two: the matmul library compiles a kernel for every size that it
-    meets, which takes as long as a few uses of it, and keeps some thousand of them.
+    are rounded up: the matmul library compiles a kernel for every size that it meets, which takes as long as a few uses
+    of it, and keeps some thousand of them.
     """
 
     @staticmethod
