@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -24,7 +25,9 @@ from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.stages import dpo, sft
+from tuner.stages import reference as references
 from tuner.stages.pairs import DPO
+from tuner.stages.reference import KeptLogps
 from tuner.train.loop import Loop, StepReport
 from tuner.types import Batch, Tokens, span
 
@@ -210,6 +213,24 @@ def test_kept_log_probs_change_nothing(pref: Path, tmp_path: Path, monkeypatch: 
     calls.clear()
     run(pref, tmp_path / "third", "reference.cache=true", "train.batch_size=4")
     assert not calls, "the same weights and rows are not scored twice, in whatever order and batches"
+
+
+def test_ranks_save_kept_log_probs_in_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One object and two process ids: ranks do the same things, so that their objects lie at the same addresses."""
+    kept = KeptLogps(tmp_path, "weights", torch.device("cpu"))
+    monkeypatch.setattr(kept, "_new", 1)
+    kept.logps = {"row": np.zeros(3, np.float32)}
+    written: list[Path] = []
+
+    def save(tensors: dict[str, Any], path: Path) -> None:
+        written.append(path)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(references, "save_file", save)
+    for process in (11, 12):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        kept.save()
+    assert len(set(written)) == 2 and list(tmp_path.iterdir()) == [kept.file]
 
 
 # --- exactness ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +108,7 @@ class KeptLogps:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file.is_file():
             self.logps = load_file(self.file) | self.logps
-        temporary = self.file.with_suffix(f".{id(self):x}.tmp")
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")  # ranks save at the same time
         save_file(self.logps, temporary)
         temporary.replace(self.file)
 
