@@ -117,6 +117,18 @@ def test_what_is_done_is_skipped_and_untouched(align: Path, tmp_path: Path, caps
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.name != ".lock"}
 
 
+def test_rows_that_the_loss_leaves_out_are_no_change(align: Path, tmp_path: Path) -> None:
+    good = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
+    rows = [good | {"prompt": f"{good['prompt']} {i}", "margin": 1} for i in range(8)]
+    rows.append(good)  # no margin
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["dpo.loss={type: sigmoid, margin_weight: 1.0}", "dpo.data.on_bad_row=skip"]
+    assert run(align, *given) == ["first", "dpo", "merge"]
+    manifest = read_manifest(tmp_path / "runs" / "dpo")
+    assert manifest is not None and manifest["data"]["train"]["samples"] == 8
+    assert run(align, *given) == []
+
+
 def more_pairs(folder: Path) -> None:
     with (folder / "pairs.jsonl").open("a") as file:
         file.write('{"prompt": "What?", "chosen": "The moon.", "rejected": "The cat sat."}\n')

@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 
 from tuner.checkpoint import check_output, differences, file_entries, read_manifest, redacted
-from tuner.data.formats import Kind
 from tuner.model.load import base_fingerprint
 from tuner.recipe import Recipe
 from tuner.stages import prepare
+from tuner.stages.rows import accepted
 
 _HASH = re.compile(r"(sha256 )?[0-9a-f]{64}")
 
@@ -51,7 +51,8 @@ def standing(recipe: Recipe) -> Standing:
     if manifest is None:
         return Standing(begun=False, finished=False)
     machine = prepare.machine(recipe, resume=True)
-    data = prepare.data(machine.recipe, machine.devices, Console(quiet=True), accepts=get_args(Kind))
+    accepts, fit = accepted(machine.recipe)
+    data = prepare.data(machine.recipe, machine.devices, Console(quiet=True), accepts, fit)
     base_sha256 = base_fingerprint(machine.recipe.model.name_or_path, machine.recipe.model.revision)
     identity = redacted(prepare.identity_of(machine.recipe, data, base_sha256))
     changes = [_clause(key, *values) for key, values in differences(manifest["identity"], identity).items()]
