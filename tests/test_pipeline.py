@@ -369,6 +369,33 @@ def test_full_weights_feed_the_model_of_a_later_stage(
     assert json.loads((tmp_path / "runs/merge" / merge.MARK).read_text())["base"] == "model"
 
 
+def test_a_dry_run_on_a_model_of_the_hub_checks_every_stage(
+    align: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether a stage names the model itself, or the base under an earlier one's adapter is to stand in."""
+    monkeypatch.setattr("tuner.model.load.snapshot_download", lambda *_, **__: str(tmp_path / "tiny-model"))
+    again = f"  - {{name: again, run: dpo, recipe: {tmp_path}/pref.yaml, model: {{name_or_path: $merge}}}}\n"
+    align.write_text(align.read_text() + again)
+    loaded = pipelines.load(align, [f"{name}.model.name_or_path=org/model" for name in ("first", "dpo")])
+    module.run(loaded, dry_run=True)
+    said = capsys.readouterr().out
+    assert said.count("dry run  nothing was trained or written") == 3 and "later" not in said
+
+
+def test_a_merge_of_an_adapter_of_elsewhere_is_waited_for(
+    align: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(align)
+    align.write_text(
+        f"version: 1\noutput_dir: {tmp_path}/more\nstages:\n  - {{run: merge, adapter: {tmp_path}/runs/first}}\n"
+        f"  - {{run: dpo, recipe: {tmp_path}/pref.yaml, model: {{name_or_path: $merge}}}}\n"
+    )
+    capsys.readouterr()
+    module.run(pipelines.load(align), dry_run=True)
+    assert f"later    checked once {tmp_path}/more/merge is there\n" in capsys.readouterr().out
+    assert run(align) == ["merge", "dpo"]
+
+
 def test_another_model_as_reference_is_known_by_its_weights(align: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "tiny-model", tmp_path / "other")
     given = [f"dpo.reference.model={tmp_path}/other"]

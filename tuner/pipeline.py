@@ -191,10 +191,10 @@ def _with_stand_ins(stage: TrainStage, pipeline: Pipeline) -> Recipe | None:
     if "reference.model" in stage.feeds and not Path(recipe.reference.model).is_dir():
         recipe = recipe.model_copy(update={"reference": recipe.reference.model_copy(update={"model": "auto"})})
     source: Stage = stage
-    while not Path(recipe.model.name_or_path).is_dir() and source.feeds:
+    while not Path(recipe.model.name_or_path).is_dir():
         key = "adapter" if isinstance(source, MergeStage) else "model.name_or_path"
-        if key not in source.feeds:
-            return None
+        if key not in source.feeds:  # a Hub id, or the merge of an adapter of elsewhere
+            return None if isinstance(source, MergeStage) else recipe
         source = stages[source.feeds[key]]
         if isinstance(source, TrainStage):
             recipe = _on_the_base_of(source.recipe, recipe)
