@@ -300,6 +300,29 @@ def test_an_unfinished_stage_whose_inputs_changed_begins_anew(
     assert "anew     train.seed was 0 and is now 1\n" in said and "resumed" not in said
 
 
+@pytest.mark.parametrize("saves", ["weights", "all"])
+def test_an_unfinished_stage_that_saved_weights_only_begins_anew(
+    saves: str, align: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Loop.step
+    given = ["first.log.save_weights_only=true"] if saves == "weights" else []
+
+    def fail(loop: Loop, number: int) -> Any:
+        return step(loop, number) if number < 3 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", fail)
+        with pytest.raises(ZeroDivisionError):
+            run(align, *given)
+    assert (tmp_path / "runs/first/checkpoints/step-000002").is_dir()
+    capsys.readouterr()
+    assert run(align, *given) == ["first", "dpo", "merge"]
+    said = capsys.readouterr().out
+    anew = f"anew     what {tmp_path}/runs/first has saved are weights only (log.save_weights_only), from which no run"
+    assert (anew in said, "resumed  from step 2 of 4" in said) == (saves == "weights", saves == "all")
+    assert run(align, *given) == []
+
+
 # --- before anything runs ---
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tuner.checkpoint import check_output, differences, file_entries, read_manifest, redacted
+from tuner.checkpoint.step import OPTIMIZER
 from tuner.model.load import base_fingerprint
 from tuner.recipe import Recipe
 from tuner.stages import prepare
@@ -21,7 +22,7 @@ _HASH = re.compile(r"(sha256 )?[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands; `changes` are the inputs that are no longer what they were, each as a clause."""
+    """How a run stands; `changes` are clauses on why it must be done anew, if it must."""
 
     begun: bool
     finished: bool
@@ -57,8 +58,8 @@ def standing(recipe: Recipe) -> Standing:
     identity = redacted(prepare.identity_of(machine.recipe, data, base_sha256))
     changes = [_clause(key, *values) for key, values in differences(manifest["identity"], identity).items()]
     finished = manifest["status"] == "finished"
-    damaged = _damaged(directory, manifest.get("results", {})) if finished else ()
-    return Standing(True, finished, (*changes, *damaged))
+    more = _damaged(directory, manifest.get("results", {})) if finished else _unresumable(directory)
+    return Standing(True, finished, (*changes, *more))
 
 
 def _clause(key: str, old: Any, new: Any) -> str:
@@ -82,3 +83,10 @@ def _damaged(directory: Path, results: Mapping[str, Mapping[str, Any]]) -> Itera
         for name, entry in entries.items():
             if actual.get(name) != entry:
                 yield f"{directory / kind / name} is {'not what the run wrote' if name in actual else 'gone'}"
+
+
+def _unresumable(directory: Path) -> Iterator[str]:
+    """That nothing of what an unfinished run has saved holds the state of its optimizer."""
+    saved = list((directory / "checkpoints").glob("step-*"))
+    if saved and not any((place / f"{OPTIMIZER}.safetensors").exists() for place in saved):
+        yield f"what {directory} has saved are weights only (log.save_weights_only), from which no run can go on"
