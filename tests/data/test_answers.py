@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
@@ -155,6 +157,25 @@ def test_margins_in_some_rows_only(tokenizer: PreTrainedTokenizerFast, write: Wr
     assert looked_at(tokenizer, path, PAIRS)["margin_missing"] == ("note", 1, [4])
     assert "margin_missing" not in looked_at(tokenizer, write(rows[:3]), PAIRS)
     assert "margin_missing" not in looked_at(tokenizer, write(GOOD), PAIRS)
+
+
+def test_scores_that_put_no_answer_before_another(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:
+    """Two of a list at one score; a margin below zero, where it says how much better the chosen answer is."""
+    lists = write([THREE, THREE | {"scores": [3, 2, 1]}, THREE | {"prompt": "r", "scores": [2, 1, 2]}], "ranked.jsonl")
+    any_list = Fit((2,), "", or_more=True)
+    with pytest.raises(DataError, match=r"line 3: the row has two answers of one score.*; 2 of 3 rows could be used"):
+        load(tokenizer, lists, any_list)
+    assert np.array_equal(load(tokenizer, lists).tokens.gaps, [np.nan, 1, 0], equal_nan=True)
+    assert [t.row for t in load(tokenizer, lists, any_list, on_bad_row="skip").tokens] == [0, 1]
+    assert looked_at(tokenizer, lists, any_list)["unfit"] == ("error", 1, [3])
+    pairs = write([row | {"margin": margin} for row, margin in zip(GOOD, (0, -0.5, 1, -2), strict=True)], "pairs.jsonl")
+    positive = replace(MARGINS, positive=True)
+    with pytest.raises(DataError, match=r"line 2: the row has a margin of -0.5, by which .*; 2 of 4 rows could"):
+        load(tokenizer, pairs, positive)
+    assert load(tokenizer, pairs).tokens.gaps.tolist() == [0, -0.5, 1, -2]
+    assert [t.row for t in load(tokenizer, pairs, positive, on_bad_row="skip").tokens] == [0, 2]
+    assert looked_at(tokenizer, pairs, positive)["unfit"] == ("error", 2, [2, 4])
+    assert len(load(tokenizer, pairs, MARGINS).tokens) == 4, "a loss may read margins of either sign"
 
 
 def test_a_weight_picks_among_the_rows_that_can_be_used(tokenizer: PreTrainedTokenizerFast, write: Write) -> None:

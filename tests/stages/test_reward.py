@@ -70,16 +70,24 @@ MARGIN_FREE = "loss={type: bradley_terry}"
 @pytest.mark.parametrize(
     ("row", "loss", "message"),
     [
-        (pair(), None, "line 2 says no margin, which loss.margin_weight reads from every row; add a column 'margin'"),
-        (pair(margin=-1), None, "line 2 has a margin of -1, by which the rejected answer would be the better one"),
-        ({"prompt": "a", "completions": ["b", "c", "d"]}, None, "line 2 has 3 answers, and loss.margin_weight reads"),
+        (pair(), None, "line 2: the row says no margin, which loss .* reads from every row; add a column 'margin'"),
+        (pair(margin=-1), None, "line 2: the row has a margin of -1, by which the rejected answer would be the better"),
+        (
+            {"prompt": "a", "completions": ["b", "c", "d"]},
+            None,
+            "line 2: the row has 3 answers, and loss.margin_weight reads the margin of a pair",
+        ),
         (
             {"prompt": "a", "completions": ["b", "c", "d"], "scores": [2, 1, 1]},
             MARGIN_FREE,
-            "line 2 has two answers of one score, so that neither is the better one",
+            "line 2: the row has two answers of one score, so that neither is the better one",
         ),
         ({"prompt": "a", "completions": ["b"]}, MARGIN_FREE, "line 2.*not a list of at least two completions"),
-        ({"prompt": "a", "completion": "b", "label": True}, MARGIN_FREE, "has 1 answer, and a reward model compares"),
+        (
+            {"prompt": "a", "completion": "b", "label": True},
+            MARGIN_FREE,
+            "has 1 answer, and this loss compares answers",
+        ),
         ({"prompt": "a", "completion": "b"}, MARGIN_FREE, "preference"),
     ],
 )
@@ -92,6 +100,35 @@ def test_rows_that_rank_nothing(
     with pytest.raises(DataError, match=message):
         reward.run(load(rank, *(f"data.{k}={v}" for k, v in sources.items()), *([loss] if loss else [])))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss"),
+    [
+        ([pair(50), pair(51, margin=-1)], "loss={type: bradley_terry, margin_weight: 1.0}"),
+        ([{"prompt": "a", "completions": ["b", "c", "d"], "scores": [2, 1, 1]}], MARGIN_FREE),
+        ([{"prompt": "a", "completion": "b", "label": True}], MARGIN_FREE),
+    ],
+)
+def test_rows_that_rank_nothing_are_skipped_as_the_check_of_data_says(
+    rows: list[dict[str, Any]], loss: str, rank: Path, tmp_path: Path
+) -> None:
+    odd = write(tmp_path / "odd.jsonl", *rows)
+    sources = [f"data.{key}=[{{path: {tmp_path}/{key}.jsonl}}, {{path: {odd}}}]" for key in ("train", "eval")]
+    recipe = load(rank, *sources, loss, "data.on_bad_row=skip")
+    reward.run(recipe)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [manifest["data"][key]["samples"] for key in ("train", "eval")] == [16, 12]
+    found = {finding.kind: finding for finding in reward.prepare.check_data(recipe).findings}
+    assert (found["unfit"].severity, found["unfit"].count) == ("warning", 2 * len(rows))
+
+
+def test_the_longest_list_makes_the_table_as_wide(rank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    monkeypatch.setattr(reward, "Reward", lambda loss, width: widths.append(width) or Reward(loss, width))
+    lists = [{"prompt": f"a {i}", "completions": ["one", "two", "three", "four"][: 2 + i]} for i in range(3)]
+    reward.run(load(rank, f"data.eval={write(tmp_path / 'lists.jsonl', *lists)}", MARGIN_FREE))
+    assert widths == [4]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ class Block:
         first, branched = self.sample_ends[:-1], np.diff(self.sample_ends) > 1
         return branched & ~np.isnan(self.scores[np.where(branched, first + 1, first)])
 
+    def gaps(self) -> np.ndarray:
+        """By how much the score of an answer is at least above that of the next one; NaN if unsaid: float64 `[S]`."""
+        steps = np.append(self.scores[:-1] - self.scores[1:], math.nan)  # NaN beside a trunk, which has no score
+        return np.fmin.reduceat(steps, self.sample_ends[:-1])
+
     def trains_any(self, wanted: Sequence[int]) -> bool:
         """Whether any of the ids `wanted` is a prediction target somewhere."""
         for found in self._find(wanted):
@@ -190,6 +195,12 @@ class TokenStore(Sequence[Tokens]):
     def scored(self) -> np.ndarray:
         """Whether the data says how good the answers of each sample are, by scores, margin or label: bool `[n]`."""
         return self._in_order([block.scored() for block in self.blocks]).astype(bool)
+
+    @cached_property
+    def gaps(self) -> np.ndarray:
+        """By how much the score of an answer is at least above that of the next one; the margin of a pair. NaN where
+        the data does not say: float64 `[n]`."""
+        return self._in_order([block.gaps() for block in self.blocks]).astype(np.float64)
 
     def origin(self, index: int) -> tuple[str, int]:
         """The source and the row of a sample."""

@@ -12,14 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tuner.data.report import place
-from tuner.errors import DataError
 from tuner.losses import reward
 from tuner.losses.bound import Bound
 from tuner.losses.measures import correlation
 from tuner.model.reward import RewardModel
 from tuner.recipe import Recipe
 from tuner.stages import prepare
+from tuner.stages.rows import fit_of
 from tuner.types import Batch, Ranked, Tokens
 
 METRICS = ("accuracy", "margin", "reward")
@@ -133,39 +132,6 @@ def _by_margin(right: Tensor, margins: Tensor) -> dict[str, float]:
 # --- the run ---
 
 
-def check_lists(samples: Sequence[Tokens], loss: Bound, what: str) -> None:
-    """Refuses samples of which no answer is known to be better than another, or not by how much if the loss reads it.
-
-    Raises:
-        DataError: names the row.
-    """
-    for sample in samples:
-        where, count = f"{what}: {place(sample.source, sample.row)}", len(sample.branches)
-        if count < 2:
-            raise DataError(f"{where} has {count} answer, and a reward model compares answers; give two or more")
-        if count > 2 and len(set(sample.scores)) < len(sample.scores):
-            raise DataError(
-                f"{where} has two answers of one score, so that neither is the better one; leave one of them out"
-            )
-        if "margins" not in loss.needs:
-            continue
-        if count > 2:
-            raise DataError(
-                f"{where} has {count} answers, and loss.margin_weight reads the margin of a pair; give rows with "
-                "chosen and rejected, or leave the parameter out"
-            )
-        if not sample.scores:
-            raise DataError(
-                f"{where} says no margin, which loss.margin_weight reads from every row; add a column 'margin', or "
-                "leave the parameter out"
-            )
-        if _margin(sample) < 0:
-            raise DataError(
-                f"{where} has a margin of {_margin(sample):g}, by which the rejected answer would be the better one; "
-                "swap the two, or mend the margin"
-            )
-
-
 def run(
     recipe: Recipe,
     *,
@@ -185,10 +151,7 @@ def run(
     console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
     recipe = machine.recipe
     prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
-    data = prepare.data(recipe, machine.devices, console, accepts=("preference",))
-    lists = [*data.train.tokens, *(data.held_out.tokens if data.held_out else ())]
-    check_lists(data.train.tokens, loss, "data.train")
-    check_lists(data.held_out.tokens if data.held_out else (), loss, "data.eval")
+    data = prepare.data(recipe, machine.devices, console, ("preference",), fit_of(loss))
     if dry_run:
         return prepare.report_dry_run(data, console)
     with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:
@@ -196,7 +159,8 @@ def run(
             console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
         model = prepare.load_model(RewardModel, recipe, machine, data, opened.base_sha256, console)
-        stage = Reward(loss, width=max(len(sample.branches) for sample in lists))
+        splits = (data.train, data.held_out) if data.held_out else (data.train,)
+        stage = Reward(loss, width=max(int(split.tokens.branches.max()) for split in splits))
         session = prepare.session(recipe, machine, data, opened, model, stage, console)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:

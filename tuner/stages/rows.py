@@ -37,6 +37,9 @@ def fit_of(loss: Bound) -> Fit:
     pairs = "this loss compares pairs; give rows with chosen and rejected"
     if loss.items == "unpaired":
         return Fit((1, 2), "this loss judges single answers; give rows with a label, or pairs")
-    if loss.items == "pairs" or margins:
+    if loss.items == "pairs":
         return Fit((2,), pairs, margins=margins)
+    if margins:
+        of_pairs = "loss.margin_weight reads the margin of a pair; give rows with chosen and rejected, or leave the "
+        return Fit((2,), f"{of_pairs}parameter out", margins=margins, positive=True)
     return Fit((2,), "this loss compares answers; give pairs or ranked lists", or_more=True)

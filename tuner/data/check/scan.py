@@ -198,7 +198,7 @@ class Scanner:
         return samples
 
     def _fault(self, sample: Tokens) -> str:
-        return self.fit.fault(len(sample.branches), bool(sample.scores)) if self.fit else ""
+        return self.fit.fault(sample) if self.fit else ""
 
     def _look_at_text(self, example: Example, usable: bool, found: Callable[..., None]) -> None:
         if self.whole.spells_control(example):
