@@ -17,15 +17,12 @@ from typing import Any
 import pairs
 import sft
 
-from tuner import cli
-
 BETA = 0.1
 LADDER = ("alone", "unshared", "tuner", "cached")
 
 
 def run_tuner(work: Path, steps: int, idea: str) -> dict[str, Any]:
     """Our side, with or without some of its ideas."""
-    cli.set_environment()  # before torch is loaded, as the command does
     from tuner.train import loop
 
     if idea in ("alone", "unshared"):

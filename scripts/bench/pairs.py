@@ -74,7 +74,6 @@ def run_recipe(work: Path, stage: str, steps: int, sections: str, data: str = ""
         sections: lines of the recipe that are of this benchmark, the loss among them.
         data: further keys of its data section.
     """
-    cli.set_environment()  # before torch is loaded, as the command does
     from tuner import recipe as recipes
     from tuner.train import loop, metrics
 
@@ -149,7 +148,8 @@ def time_trl(trainer: Any) -> dict[str, Any]:
 
 
 def arguments(description: str, sides: Sequence[str]) -> argparse.ArgumentParser:
-    """What every one of the benchmarks takes; also quiets the libraries."""
+    """What every one of the benchmarks takes; also sets the environment, of both sides, as our command line does."""
+    cli.set_environment()  # before torch is loaded
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     warnings.filterwarnings("ignore")

@@ -169,3 +169,11 @@ def test_which_ids_occur_and_which_are_trained(tmp_path: Path) -> None:
     assert block.present([0, 2, 3, 5, 9]) == {2, 3, 5}
     assert block.present([]) == block.present([7]) == set()
     assert [block.trains_any([i]) for i in (1, 2, 3, 4, 5, 9)] == [False, False, True, False, True, False]
+
+
+def test_reach_is_the_trunk_and_the_longest_branch() -> None:
+    samples = draw(200, seed=4)
+    lengths = [[sum(len(s.ids) for s in run) for run in (sample.trunk, *sample.branches)] for sample in samples]
+    wanted = [trunk + max(branches, default=0) for trunk, *branches in lengths]
+    assert TokenStore.of(samples).reach.tolist() == wanted
+    assert TokenStore.of([]).reach.tolist() == []

@@ -25,6 +25,7 @@ from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.stages import dpo, sft
+from tuner.stages import pairs as pairs_stage
 from tuner.stages import reference as references
 from tuner.stages.pairs import DPO
 from tuner.stages.reference import KeptLogps
@@ -90,13 +91,13 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0
 def first_pairs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The log-ratios of each pair, as the first optimizer step sees them."""
     seen: list[Tensor] = []
-    measure = dpo.measure
+    measure = pairs_stage.measure
 
     def noted(pairs: Any) -> dict[str, Tensor]:
         seen.append(torch.stack([pairs.chosen.ratio, pairs.rejected.ratio]).detach())
         return measure(pairs)
 
-    monkeypatch.setattr(dpo, "measure", noted)
+    monkeypatch.setattr(pairs_stage, "measure", noted)
     return seen
 
 
@@ -345,3 +346,16 @@ def test_rows_of_another_kind_are_refused(
     key = "loss" if loss.startswith("{") else "loss.type"
     with pytest.raises(DataError, match=message):
         run(pref, tmp_path / "run", f"{key}={loss}")
+
+
+def test_a_reference_that_no_loss_reads_is_refused(pref: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'orpo' compares with no reference; take the section out"):
+        run(pref, tmp_path / "run", "loss.type=orpo", "reference.cache=true")
+
+
+def test_kept_log_probs_know_how_the_base_is_quantised(pref: Path, tmp_path: Path) -> None:
+    """The parameters of a 4-bit base are the same bytes with and without double quantisation; what they mean is not."""
+    for double in ("true", "false"):
+        quantised = ["model.load_in_4bit=true", f"model.bnb_4bit_use_double_quant={double}", "reference.cache=true"]
+        lines = run(pref, tmp_path / double, *quantised)
+        assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.data.pack import pack
+from tuner.model import attention
 from tuner.model.attention import dense_mask, segment_mask, tuner_varlen
 from tuner.types import Batch, Tokens, span
 
@@ -142,3 +143,17 @@ def test_a_call_without_a_plan_is_refused() -> None:
     q, k, v, _ = qkv(3, 2, torch.float32)
     with pytest.raises(RuntimeError, match="without a plan"):
         tuner_varlen(nn.Module(), q, k, v, None, scaling=1.0)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_long_segments_go_another_way(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row with segments above and below the limit, in bf16, against a dense mask in fp32."""
+    batch = row(seed=3, documents=8)
+    tensors = qkv(batch.num_tokens, 2, torch.bfloat16)
+    wanted = run(dense(dense_mask(batch, window)), *(t.float() for t in tensors))
+    for limit in (0, 12, 1024):
+        monkeypatch.setattr(attention, "SHORT", limit)
+        short, long = attention._split(batch.plan, limit)
+        assert bool(short) == (limit > 0) and bool(long) == (limit < 1024)
+        for mine, exact in zip(run(varlen(batch, window), *tensors), wanted, strict=True):
+            torch.testing.assert_close(mine.float(), exact, rtol=0, atol=0.05)

@@ -243,3 +243,13 @@ def test_mutant_a_last_layer_that_reads_elsewhere(make_model: Make, monkeypatch:
     )
     batch = pack(pairs())
     assert float((Policy(lm, compute_dtype=torch.float32)(batch) - plain(batch)).detach().abs().max()) > 1e-2
+
+
+def test_a_window_in_the_config_of_a_llama_means_nothing(make_model: Make) -> None:
+    lm = make_model()
+    lm.config.sliding_window = 3  # left over from another architecture
+    batch = pack(pairs())
+    wanted = Policy(copy.deepcopy(lm), compute_dtype=torch.float32, attn_implementation="eager")(batch)
+    fuse(lm)
+    torch.testing.assert_close(Policy(lm, compute_dtype=torch.float32)(batch), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(wanted, plain_logps(make_model(), pairs()), rtol=0, atol=1e-5)

@@ -87,6 +87,15 @@ class Block:
             scores = () if math.isnan(found[0]) else tuple(found)
         return Tokens(parts[0], tuple(parts[1:]), self.sources[self.names[i]], int(self.rows[i]), scores)
 
+    def reach(self) -> np.ndarray:
+        """Tokens of the trunk and of the longest branch of each sample: `[S]`."""
+        runs, trunks = np.diff(self.span_ends[self.run_ends]), self.sample_ends[:-1]
+        if not len(trunks):
+            return np.empty(0, np.int64)
+        branches = runs.copy()
+        branches[trunks] = 0
+        return runs[trunks] + np.maximum.reduceat(branches, trunks)
+
     def trained(self) -> np.ndarray:
         """Tokens of each sample that are prediction targets: `[S]`."""
         lengths = np.where(self.weights != 0, np.diff(self.span_ends), 0)
@@ -180,6 +189,11 @@ class TokenStore(Sequence[Tokens]):
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, all branches included: int64 `[n]`."""
         return self._in_order([np.diff(block.bounds) for block in self.blocks])
+
+    @cached_property
+    def reach(self) -> np.ndarray:
+        """Positions that each sample takes, trunk and longest branch: int64 `[n]`."""
+        return self._in_order([block.reach() for block in self.blocks])
 
     @cached_property
     def trained(self) -> np.ndarray:

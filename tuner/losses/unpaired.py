@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -81,15 +82,16 @@ def mismatches(prompts: Sequence[Hashable]) -> tuple[tuple[int, int], ...]:
     recurs (both answers of what was a pair stand side by side). What still meets its own prompt is left out: it would
     measure the answer that the loss is raising. Depends on the prompts and their order alone. One row gives none.
     """
-    n = len(prompts)
-    best: tuple[tuple[int, int], ...] = ()
+    number: dict[Hashable, int] = {}
+    ids = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
+    n, by, best = len(ids), 0, np.empty(0, np.int64)
     for shift in range(1, n):
-        found = tuple((i, (i - shift) % n) for i in range(n) if prompts[i] != prompts[(i - shift) % n])
+        found = np.flatnonzero(ids != np.roll(ids, shift))
         if len(found) > len(best):
-            best = found
+            by, best = shift, found
         if len(best) == n:
             break
-    return best
+    return tuple((int(i), int(i - by) % n) for i in best)
 
 
 @unpaired_loss("bco")

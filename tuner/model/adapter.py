@@ -146,6 +146,11 @@ def starts_off_zero(model: PeftModel) -> bool:
     return str(model.peft_config[ADAPTER].init_lora_weights).startswith("pissa")
 
 
+def adapter_scales(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Module -> adapter -> by what its update BA is multiplied; empty without an adapter."""
+    return {name: dict(m.scaling) for name, m in model.named_modules() if isinstance(m, lora.layer.LoraLayer)}
+
+
 def resolve_targets(base: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """Names of the linears to adapt; `all-linear` is every linear but the heads.
 

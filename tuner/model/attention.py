@@ -242,7 +242,7 @@ def tuner_varlen(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     limit = SHORT if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout else 0
-    short, long = _split(tuner_plan, limit)
+    short, long = _split(tuner_plan, limit) if limit else ((), tuner_plan)
     if not short:
         return _by_segments(query, key, value, tuner_plan, scaling, dropout, sliding_window), None
     output = _ShortSegments.apply(query, key, value, short, scaling, sliding_window)

@@ -87,7 +87,8 @@ class Backbone(nn.Module):
         return (states if self._picks else states.index_select(0, at))[:count]
 
     def _mask(self, batch: Batch) -> Tensor:
-        seen = attention.dense_mask(batch, self.inner.config.to_dict().get("sliding_window"))
+        config = self.inner.config
+        seen = attention.dense_mask(batch, config.sliding_window if config.model_type == "mistral" else None)
         if self.attn_implementation == "sdpa":
             return seen
         dtype = self.compute_dtype  # eager adds its mask

@@ -102,7 +102,8 @@ def _is_fusible(module: nn.Module) -> bool:
     if not isinstance(module, FusedLoraLinear | FusedLoraLinear4bit):
         return False
     name = _only_adapter(module)
-    return name is not None and not module.base_layer.weight.requires_grad and _dropout(module, name) is None
+    trained = any(p.requires_grad for p in module.base_layer.parameters())
+    return name is not None and not trained and _dropout(module, name) is None
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _lora_forward(module: Any, x: Tensor, original: Any, *args: Any, **kwargs: A
     if _is_fusible(module):
         return _linears(x, (module,))[0]
     name = _only_adapter(module)
-    if name is None or module.base_layer.weight.requires_grad:
+    if name is None or any(p.requires_grad for p in module.base_layer.parameters()):
         return original(x, *args, **kwargs)
     x = _compute(x)
     a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
@@ -272,7 +273,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attention_forward(
-    module: Any, original: Any, hidden_states: Tensor, *, only_at: Tensor | None = None, **kwargs: Any
+    module: Any,
+    original: Any,
+    hidden_states: Tensor,
+    *,
+    window: int | None = None,
+    only_at: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Attention by the plan of a row, with one node for the three projections and one for each rotation.
 
@@ -294,7 +301,7 @@ def _attention_forward(
         kwargs.get("attention_mask"),
         scaling=module.scaling,
         dropout=module.attention_dropout if module.training else 0.0,
-        sliding_window=getattr(module.config, "sliding_window", None),
+        sliding_window=window,
         tuner_plan=kwargs.get("tuner_plan"),
     )
     output = output.flatten(2)
@@ -309,10 +316,10 @@ class FusedLlamaAttention(LlamaAttention):
 
 
 class FusedMistralAttention(MistralAttention):
-    """Attention by the plan of a row, with one node for its projections."""
+    """Attention by the plan of a row, with one node for its projections, and the window of the model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        return _attention_forward(self, super().forward, *args, **kwargs)
+        return _attention_forward(self, super().forward, *args, window=self.config.sliding_window, **kwargs)
 
 
 class PickingLayer:

@@ -271,7 +271,7 @@ def load_base(
         raise ModelError(f"{checkpoint.path}: the weights do not fit config.json: {first_line(error)}") from None
     lm, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        heads = {SCORE, LANGUAGE} if reward else set()  # a causal checkpoint lacks the one and has the other
+        heads = {SCORE, LANGUAGE} if reward and not is_classifier(config) else set()  # it lacks the one, has the other
         if keys := sorted(map(_shown_key, set(info.get(kind) or ()) - heads)):
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ModelError(f"{checkpoint.path}: {kind.replace('_', ' ')} in the weights: {shown}")

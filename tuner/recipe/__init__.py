@@ -32,6 +32,7 @@ from tuner.recipe.schema import (
     LossSection,
     ModelSection,
     Recipe,
+    ReferenceSection,
     Scoring,
     TrainSection,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "RecipeError",
+    "ReferenceSection",
     "Scoring",
     "TrainSection",
     "build",

@@ -11,7 +11,7 @@ from tuner.errors import RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
 from tuner.model.policy import Policy
-from tuner.recipe import Recipe
+from tuner.recipe import Recipe, ReferenceSection
 from tuner.stages import prepare
 from tuner.stages.judged import Judged, ProbingJudged
 from tuner.stages.pairs import DPO
@@ -22,11 +22,13 @@ from tuner.stages.sft import report
 
 
 def check_loss(recipe: Recipe, loss: Bound) -> None:
-    """Refuses what a loss that pairs rows with one another cannot have.
+    """Refuses a section that the loss does not read, and what a loss that pairs rows with one another cannot have.
 
     Raises:
-        RecipeError: steps of one row, or log-probs kept of what is made anew in each step.
+        RecipeError: a reference that nothing reads, steps of one row, or log-probs kept of what is made anew each step.
     """
+    if "reference" not in loss.needs and recipe.reference != ReferenceSection():
+        raise RecipeError(f"reference: loss '{loss.name}' compares with no reference; take the section out")
     if "mismatched" not in loss.needs:
         return
     if recipe.train.batch_size == 1 and recipe.train.batch_unit == "examples":

@@ -65,7 +65,9 @@ class Judged(DPO):
         sums = {k: v.sum() for k, v in self.loss(Unpaired(answers, desirable, self.mismatched)).items()}
         ratio = answers.ratio.detach()
         sums |= {"desirable_reward": ratio[desirable].sum(), "undesirable_reward": ratio[~desirable].sum()}
-        return sums if self.mismatched is None else sums | {"kl_estimate": kl_estimate(self.mismatched) * len(ratio)}
+        if self.mismatched is not None:
+            sums["kl_estimate"] = kl_estimate(self.mismatched).to(ratio) * len(ratio)
+        return sums
 
     def measures(self, scores: Tensor, constants: Tensor) -> dict[str, float]:
         """Mean log-probs of an answer in nats, the reference's too, and its loss; and how good and bad answers compare.

@@ -456,9 +456,9 @@ def _check_slots(template: Template, trained: bool) -> None:
 def _check_context(positions: int, data: Data) -> None:
     """Refuses samples longer than the positions that the base was made for."""
     for split in (data.train, data.held_out) if data.held_out else (data.train,):
-        for i in np.flatnonzero(split.tokens.lengths > positions)[:1].tolist():
+        for i in np.flatnonzero(split.tokens.reach > positions)[:1].tolist():
             raise DataError(
-                f"{place(*split.tokens.origin(i))}: {split.tokens.lengths[i]:,} tokens, and the base was made for "
+                f"{place(*split.tokens.origin(i))}: {split.tokens.reach[i]:,} tokens, and the base was made for "
                 f"{positions:,} positions; set data.max_length: {positions} and say with data.overlong what happens to "
                 "longer rows"
             )

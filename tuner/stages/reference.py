@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch import Tensor
 from tuner.data import cache
 from tuner.data.pack import bins, pack
 from tuner.errors import ModelError
+from tuner.model.adapter import adapter_scales
 from tuner.model.load import base_fingerprint, load_base, load_tokenizer
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.recipe import ModelSection, Recipe
+from tuner.stages.result import quantization
 from tuner.train.loop import ROW_MULTIPLE
 from tuner.types import Batch, Tokens
 
@@ -61,13 +64,24 @@ def make_reference(
     stores = [data.train.tokens, *([data.held_out.tokens] if data.held_out else [])]
     capacity = recipe.train.microbatch_tokens
     assert isinstance(capacity, int)
-    identity = _weights_hash(policy) if section.model == "auto" else base_fingerprint(section.model)
-    kept = KeptLogps(cache.directory() / "reference", f"{identity} {recipe.model.dtype}", device)
+    kept = KeptLogps(cache.directory() / "reference", _identity(recipe, reference.policy), device)
     for store in stores:
         kept.work_out(reference, store, capacity)
     kept.save()
     is_free = section.model == "auto" and not reference.copied_bytes  # the policy without its adapter
     return kept, reference if is_free else None
+
+
+def _identity(recipe: Recipe, policy: Policy) -> str:
+    """All that decides the log-probs of a reference: weights, how they are stored and computed with, config, scales."""
+    auto = recipe.reference.model == "auto"
+    weights = _weights_hash(policy) if auto else base_fingerprint(recipe.reference.model)
+    config = {
+        k: v for k, v in policy.inner.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    quantized = quantization(recipe) if auto else None
+    parts = [weights, recipe.model.dtype, quantized, config, adapter_scales(policy)]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _weights_hash(policy: Policy) -> str:

@@ -101,7 +101,10 @@ def run(
         check_gives_rewards(subject, option)
         settings.append(_settings(subject, file, overrides))
     tags = read_tags(settings[0].data.train[0]) if safety is not None else {}
-    found = [read(s, given, chat_template) for (_, s), given in zip(subjects, settings, strict=True)]
+    found = [
+        read(s, given, chat_template, tagged=safety is not None)
+        for (_, s), given in zip(subjects, settings, strict=True)
+    ]
     scores = [_score(s, g, rows) for (_, s), g, rows in zip(subjects, settings, found, strict=True)]
     rows, summary = _single(scores[0]) if safety is None else _combined(scores[0], scores[1], tags)
     write_rows(rows, output)
@@ -161,8 +164,8 @@ def _settings(subject: Subject, file: Path, overrides: Sequence[str]) -> Scoring
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def read(subject: Subject, settings: Scoring, chat_template: str | None) -> list[Row]:
-    """Reads and renders the file, and says on stderr what was left out, cut or not read.
+def read(subject: Subject, settings: Scoring, chat_template: str | None, *, tagged: bool = False) -> list[Row]:
+    """Reads and renders the file, and says on stderr what was left out, cut or not read; `tagged` rows are read for it.
 
     Raises:
         DataError: a row cannot be used, and data.on_bad_row does not skip such; or none is left.
@@ -180,7 +183,8 @@ def read(subject: Subject, settings: Scoring, chat_template: str | None) -> list
         for example, samples in some
         for row in _rows(example, samples, data, renderer)
     ]
-    renderer.report.unread_columns.pop(TAG, None)
+    if tagged:
+        renderer.report.unread_columns.pop(TAG, None)
     for line in renderer.report.odd():
         print(line, file=sys.stderr)
     if not rows:

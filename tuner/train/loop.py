@@ -24,13 +24,13 @@ from tuner.data.pack import bins, pack
 from tuner.data.report import place
 from tuner.data.stream import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
+from tuner.kernels.token_logps import reference as token_logps
 from tuner.train.optim import clip
 from tuner.train.setup import Devices, no_sync
 from tuner.types import Batch, Tokens
 
 MAX_SKIPS_IN_A_ROW = 10
-# On CPU the matmul library compiles and keeps a kernel for every size that it meets, so sizes had better recur.
-ROW_MULTIPLE = {"cpu": 64, "cuda": 1}
+ROW_MULTIPLE = {"cpu": token_logps.ROW_MULTIPLE, "cuda": 1}  # of the tokens of a microbatch
 Sums = Mapping[str, Tensor]
 
 

@@ -146,6 +146,7 @@ class Session:
     def _finish(self) -> dict[str, Any]:
         after = self._evaluate("after")
         self._judge(after)
+        said = self.answers.greedy() if self.answers and self.answers.shown else ()  # by the weights just evaluated
         if self.recipe.eval.load_best and self.progress.best_step not in (0, self.progress.step):
             self._load_best()
         summary = {
@@ -159,7 +160,7 @@ class Session:
         }
         if self.answers and self.answers.shown:
             before = self.progress.history.get("answers", ())
-            summary["answers"] = self.answers.beside(before, self.answers.greedy())
+            summary["answers"] = self.answers.beside(before, said)
         if self.run:
             self._publish()
             summary["result"] = self.save_result(self.run).name
