@@ -25,7 +25,7 @@ from tuner.errors import TunerError, UserError, printable
 
 app = typer.Typer(
     name="tuner",
-    help="Fine-tunes Llama-family models from one YAML recipe: full weights, LoRA or 4-bit QLoRA.",
+    help="Fine-tunes and aligns Llama-family models from YAML recipes: full weights, LoRA or 4-bit QLoRA.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tuner.errors import RecipeError
+from tuner.errors import DataError, RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
 from tuner.model.policy import Policy
@@ -15,7 +15,7 @@ from tuner.recipe import Recipe, ReferenceSection
 from tuner.stages import prepare
 from tuner.stages.judged import Judged, ProbingJudged
 from tuner.stages.pairs import DPO
-from tuner.stages.reference import ReferenceLogps, make_reference
+from tuner.stages.reference import ReferenceLogps, check_reference, make_reference
 from tuner.stages.report import make_answers, preference_report
 from tuner.stages.rows import fit_of
 from tuner.stages.sft import report
@@ -73,6 +73,11 @@ def run(
     data = prepare.data(recipe, machine.devices, console, ("preference",), fit_of(loss))
     if loss.items == "unpaired" and (pairs := int((data.train.tokens.branches == 2).sum())):
         console.print(f"pairs    {pairs:,} rows are pairs: each gives loss '{loss.name}' a good and a bad answer")
+    if "mismatched" in loss.needs and int(data.train.tokens.branches.sum()) < 2:
+        raise DataError(
+            f"data.train: one answer leaves loss '{loss.name}' no other for its KL estimate; give more rows"
+        )
+    check_reference(recipe, data)
     if dry_run:
         return prepare.report_dry_run(data, console)
     with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:

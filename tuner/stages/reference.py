@@ -19,7 +19,7 @@ from tuner.data import cache
 from tuner.data.pack import bins, pack
 from tuner.errors import ModelError
 from tuner.model.adapter import adapter_scales
-from tuner.model.load import base_fingerprint, load_base, load_tokenizer
+from tuner.model.load import base_fingerprint, check_checkpoint, is_classifier, load_base, load_tokenizer
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.recipe import ModelSection, Recipe
@@ -43,17 +43,12 @@ def make_reference(
         Its log-probs of the data; and what scores any other text, None where kept log-probs let it leave memory.
 
     Raises:
-        ModelError: the other model cannot be used, or reads other tokens.
+        ModelError: the other model cannot be used.
     """
     section, device = recipe.reference, machine.devices.device
     if section.model == "auto":
         reference, name = Reference(policy), "the policy at its first step"
     else:
-        other = load_tokenizer(section.model)
-        if other.get_vocab() != data.tokenizer.get_vocab():
-            raise ModelError(
-                f"reference.model: {section.model} reads other tokens than the policy; give a model of its kin"
-            )
         lm = load_base(ModelSection(name_or_path=section.model, dtype=recipe.model.dtype), device, trainable=False)
         frozen = Policy(lm, compute_dtype=policy.compute_dtype, attn_implementation=policy.attn_implementation)
         reference, name = Reference(frozen), section.model
@@ -70,6 +65,27 @@ def make_reference(
     kept.save()
     is_free = section.model == "auto" and not reference.copied_bytes  # the policy without its adapter
     return kept, reference if is_free else None
+
+
+def check_reference(recipe: Recipe, data: Data) -> None:
+    """Refuses at once another model that cannot be the reference.
+
+    Raises:
+        ModelError: there is none, it is of another kind, or it reads other tokens than the policy.
+    """
+    name = recipe.reference.model
+    if name == "auto":
+        return
+    try:
+        _, config = check_checkpoint(ModelSection(name_or_path=name, dtype=recipe.model.dtype))
+        vocabulary = load_tokenizer(name).get_vocab()
+    except ModelError as error:
+        text = str(error).removeprefix("model.name_or_path: ")
+        raise ModelError(f"reference.model: {text}") from None
+    if is_classifier(config):
+        raise ModelError(f"reference.model: {name} is a reward model, which gives no log-probs; give a causal one")
+    if vocabulary != data.tokenizer.get_vocab():
+        raise ModelError(f"reference.model: {name} reads other tokens than the policy; give a model of its kin")
 
 
 def _identity(recipe: Recipe, policy: Policy) -> str:

@@ -22,6 +22,9 @@ from tuner.types import Example
 Kind = Literal["chat", "text", "preference"]
 
 
+LARGEST = 1e30  # of a number in a row: the sum of many still fits into a 32-bit float
+
+
 class ArrowRow(dict[str, Any]):
     """A row that Arrow has made (parquet, a Hub data set).
 
@@ -150,6 +153,8 @@ def as_number(value: Any, what: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise DataError(f"{what} is {shorten(value)}; write a number")
+    if abs(number) > LARGEST:
+        raise DataError(f"{what} is {shorten(value)}, and nothing larger than {LARGEST:g} can be computed with")
     return number
 
 
