@@ -277,3 +277,9 @@ def test_pairs_render_to_a_trunk_and_branches(tokenizer):
         ["<|eot_id|>"],
     ]
     assert not any(s.trained for s in sample.trunk) and renderer.report.number("empty_answers") == 1
+
+
+@pytest.mark.parametrize("margin", [1e308, -1e31, "1e40"])
+def test_a_margin_that_32_bits_cannot_hold_is_refused(margin: object) -> None:
+    with pytest.raises(DataError, match=r"margin is .*nothing larger than 1e\+30 can be computed with"):
+        parser("preference")({"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin})

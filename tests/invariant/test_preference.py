@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tests.conftest import SENTENCES
 from tuner import recipe as recipes
 from tuner.data.pack import pack
-from tuner.errors import DataError, RecipeError
+from tuner.errors import DataError, ModelError, RecipeError
 from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
@@ -359,3 +360,23 @@ def test_kept_log_probs_know_how_the_base_is_quantised(pref: Path, tmp_path: Pat
         quantised = ["model.load_in_4bit=true", f"model.bnb_4bit_use_double_quant={double}", "reference.cache=true"]
         lines = run(pref, tmp_path / double, *quantised)
         assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_a_dry_run_looks_at_the_reference(pref: Path, pairs_file: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    for model, message in ((pairs_file, "neither a directory nor a Hub id"), (tmp_path, "holds no config.json")):
+        with pytest.raises(ModelError, match=f"^reference.model: .*{message}"):
+            dpo.run(recipes.load(pref, [f"reference.model={model}"], stage="dpo"), dry_run=True)
+    other = Path(shutil.copytree(tiny_model_dir, tmp_path / "other"))
+    names = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = names["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(names))
+    with pytest.raises(ModelError, match="^reference.model: .* reads other tokens than the policy"):
+        dpo.run(recipes.load(pref, [f"reference.model={other}"], stage="dpo"), dry_run=True)
+
+
+def test_one_answer_has_no_kl_estimate(pref: Path, pairs_file: Path, tmp_path: Path) -> None:
+    pairs_file.write_text(json.dumps({"prompt": "a", "completion": "b", "label": True}) + "\n")
+    with pytest.raises(DataError, match="one answer leaves loss 'kto' no other for its KL estimate"):
+        run(pref, tmp_path / "run", "loss.type=kto")
