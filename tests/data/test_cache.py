@@ -86,6 +86,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "overlong": {"overlong": "drop"},
     "train_on": {"train_on": "last"},
     "ghost_attention": {"ghost_attention": True},
+    "train_control_tokens": {"train_control_tokens": False},
     "on_bad_row": {"on_bad_row": "skip"},
     "format": {"format": "prompt_completion"},
     "columns": {"columns": {"prompt": "prompt"}},

@@ -269,14 +269,18 @@ def test_bad_ranked_rows_are_refused(change, said):
 
 
 def test_pairs_render_to_a_trunk_and_branches(tokenizer):
-    row = hh(human("q"), bot("a"), human("r"), bot("yes"), rejected=(human("q"), bot("a"), human("r"), bot("")))
+    def row(rejected):
+        return hh(human("q"), bot("a"), human("r"), bot("yes"), rejected=(human("q"), bot("a"), human("r"), rejected))
+
     renderer = Renderer(tokenizer, TEMPLATES["llama3"])
-    (sample,) = renderer.render(parser("hh")(row))
+    (sample,) = renderer.render(parser("hh")(row(bot("no"))))
     assert [[tokenizer.decode(s.ids) for s in branch if s.trained] for branch in sample.branches] == [
         ["yes<|eot_id|>"],
-        ["<|eot_id|>"],
+        ["no<|eot_id|>"],
     ]
-    assert not any(s.trained for s in sample.trunk) and renderer.report.number("empty_answers") == 1
+    assert not any(s.trained for s in sample.trunk)
+    with pytest.raises(DataError, match="an answer is empty, so that there is nothing to compare"):
+        renderer.render(parser("hh")(row(bot(""))))
 
 
 @pytest.mark.parametrize("margin", [1e308, -1e31, "1e40"])
