@@ -113,8 +113,13 @@ def _compute(x: Tensor) -> Tensor:
 
 def _linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs of linears that share one input."""
-    if not all(map(_is_fusible, modules)):
-        return tuple(module(x) for module in modules)
+    if all(map(_is_fusible, modules)):
+        return _together(x, modules)
+    return tuple(module(x) for module in modules)
+
+
+def _together(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The same by one node, of linears that are fusible."""
     named = [(module, module.active_adapters[0]) for module in modules]
     adapters = [linear[name].weight for m, name in named for linear in (m.lora_A, m.lora_B)]
     scalings = [m.scaling[name] for m, name in named]
@@ -123,7 +128,7 @@ def _linears(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
 
 def _lora_forward(module: Any, x: Tensor, original: Any, *args: Any, **kwargs: Any) -> Tensor:
     if _is_fusible(module):
-        return _linears(x, (module,))[0]
+        return _together(x, (module,))[0]
     name = _only_adapter(module)
     if name is None or any(p.requires_grad for p in module.base_layer.parameters()):
         return original(x, *args, **kwargs)
