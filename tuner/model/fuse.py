@@ -37,7 +37,8 @@ class _Frozen:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         if quantize.is_4bit(self.base):
-            return quantize.dequantize(self.base, dtype)
+            functions: Kernels = self.base.kernels  # type: ignore[assignment]  # fused like what is around it
+            return quantize.borrow(self.base, dtype, functions)
         weight: Tensor = self.base.weight  # type: ignore[assignment]  # every module that comes here is a linear
         return weight.detach().to(dtype)
 
@@ -55,20 +56,13 @@ def _only_adapter(module: lora.layer.LoraLayer) -> str | None:
     return name if plain else None
 
 
-def _dropout(module: Any, name: str) -> nn.Module | None:
-    """The dropout of an adapter where it is at work."""
-    dropout = module.lora_dropout[name]
-    return dropout if module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
-
-
 def _is_fusible(module: Any) -> bool:
     """Whether `lora_linears` covers what a linear does now."""
     if not isinstance(module, FusedLora):
         return False
     linear: Any = module
-    name = _only_adapter(linear)
     trained = any(p.requires_grad for p in linear.base_layer.parameters())
-    return name is not None and not trained and _dropout(linear, name) is None
+    return _only_adapter(linear) is not None and not trained
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -92,20 +86,16 @@ def _together(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
 def _adapter(module: Any) -> Adapter:
     """The active adapter of a linear that is fusible."""
     name = module.active_adapters[0]
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    dropout = module.lora_dropout[name]
+    dropped = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
+    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropped)
 
 
 def _lora_forward(module: Any, x: Tensor, original: Any, *args: Any, **kwargs: Any) -> Tensor:
     if _is_fusible(module):
         return _together(x, (module,))[0]
-    name = _only_adapter(module)
-    if name is None or any(p.requires_grad for p in module.base_layer.parameters()):
-        return original(x, *args, **kwargs)
-    x = _compute(x)
-    a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    # dropout sits between x and A only, so the adapter's x is not the base's x
-    delta = F.linear(F.linear(module.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype)) * scaling
-    return _FrozenLinear.apply(x, _Frozen(module.base_layer)) + delta
+    result: Tensor = original(x, *args, **kwargs)
+    return result
 
 
 class FusedLora:
