@@ -155,7 +155,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = _backward(grads[0], *ctx.saved_tensors, None, ctx.needs_input_grad[1])
+        x, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = _backward(grads[0], x, weight, rstd, None, ctx.needs_input_grad[1])
         return grad_x, grad_weight, None
 
 
@@ -169,7 +170,8 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_total, grad_weight = _backward(grads[0], *ctx.saved_tensors, grads[1], ctx.needs_input_grad[2])
+        total, weight, rstd = ctx.saved_tensors
+        grad_total, grad_weight = _backward(grads[0], total, weight, rstd, grads[1], ctx.needs_input_grad[2])
         x, residual = ctx.dtypes
         return grad_total.to(x), grad_total.to(residual), grad_weight, None
 

@@ -52,7 +52,7 @@ def _kernel(
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """q and k turned by `sign` times their angles; 1 024 pairs of numbers of a tensor a warp at most."""
+    """q and k turned by `sign` times their angles."""
     _, tokens, heads, dim = q.shape
     kv_heads, half = k.shape[2], dim // 2
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
@@ -61,7 +61,7 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple
     _kernel[(tokens,)](
         q, k, cos, sin, *outs, *q.stride()[1:], *k.stride()[1:], cos.stride(1), sin.stride(1),
         sign, heads, kv_heads, half, *blocks,
-        num_warps=min(16, max(1, max(blocks[:2]) * blocks[2] // 512)),
+        num_warps=min(16, max(1, max(blocks[:2]) * blocks[2] // 512)),  # 2 loads of 16 bytes a thread of each half
     )  # fmt: skip
     return outs[0], outs[1]
 
@@ -74,7 +74,8 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_rotated(grads[0], grads[1], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return *_rotated(grads[0], grads[1], cos, sin, -1), None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
