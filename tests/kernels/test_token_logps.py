@@ -137,7 +137,7 @@ def test_collisions_equal_float64_and_change_nothing_else(
     seen: list[Tensor] = []
 
     def both(*arguments: Tensor) -> Tensor:
-        logps, collisions = op(*arguments, collision=True)
+        logps, collisions = op(*arguments, measures=("collision",))
         seen.append(collisions.detach())
         return logps
 
@@ -151,8 +151,8 @@ def test_collisions_equal_float64_and_change_nothing_else(
 def test_collisions_have_no_gradient_and_cost_nothing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets, _ = inputs()
     hidden.requires_grad_()
-    reference.token_logps(hidden, weight, targets, collision=True)[1].sum().backward()
+    reference.token_logps(hidden, weight, targets, measures=("collision",))[1].sum().backward()
     assert hidden.grad is None or not hidden.grad.any()
     monkeypatch.setattr(reference, "_log_collision", lambda _: pytest.fail("nobody asked"))
     reference.token_logps(hidden, weight, targets)
-    assert reference.token_logps(hidden[:0], weight, targets[:0], collision=True).shape == (2, 0)
+    assert reference.token_logps(hidden[:0], weight, targets[:0], measures=("collision",)).shape == (2, 0)
