@@ -132,7 +132,9 @@ def adapted(base: nn.Module, **changes: Any) -> nn.Module:
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
-def gradients(lm: Any, dtype: torch.dtype, mode: bool | str, between: Callable[[Policy, Batch], object]) -> list[Tensor]:
+def gradients(
+    lm: Any, dtype: torch.dtype, mode: bool | str, between: Callable[[Policy, Batch], object]
+) -> list[Tensor]:
     """Log-probs and gradients of a fused copy of `lm`; `between` happens after the forward."""
     lm = copy.deepcopy(lm)
     if mode is True:

@@ -116,7 +116,7 @@ def _dequantize_into(out: Tensor, packed: Tensor, state: Any) -> Tensor:
     settings = state.blocksize, state.quant_type, state.shape, out.dtype
     if packed.device.type == "cuda":
         torch.ops.bitsandbytes.dequantize_4bit.out(packed, scale, *settings, out=out)
-    # Its operator has no `out` on CPUs; the function behind it takes these, and gives way to others where it is inexact.
+    # The operator has no `out` on CPUs; the function behind it has, and gives way to others where it is inexact.
     elif isinstance(lib, ErrorHandlerMockBNBNativeLibrary) or state.blocksize >= 2048 or out.shape[1] % 2:
         out.copy_(torch.ops.bitsandbytes.dequantize_4bit(packed, scale, *settings))
     else:

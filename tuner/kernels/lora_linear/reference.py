@@ -12,9 +12,7 @@ from tuner.kernels.lora_linear import Adapter, Base, node
 from tuner.kernels.swiglu import reference as swiglu
 
 
-def _lay_out(
-    adapters: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
+def _lay_out(adapters: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     scaled = [a * s for a, s in zip(adapters[::2], scalings, strict=True)]
     return torch.cat(scaled).to(dtype), [b.to(dtype) for b in adapters[1::2]]
 

@@ -23,6 +23,8 @@ BLOCK = 2048  # numbers of a program that copies
 ROWS = 64  # of a tile
 WIDEST = 128  # columns of a skinny matrix in a tile; what is wider goes in several passes
 SUMS = 8192  # of a program, in registers: columns of a tile x those of the skinny matrix
+NUM_WARPS = 8
+NUM_STAGES = 2  # tiles on their way: 128 KiB of shared memory at the widest
 PROGRAMS = 528  # that share a large matrix: four for each multiprocessor of an H100
 GROUP = 3  # adapters that one launch lays out
 
@@ -100,9 +102,7 @@ def _sum_kernel(parts_ptr, out_ptr, parts, size, WIDTH: tl.constexpr, out_stride
     tl.store(to, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
-def _lay_out(
-    adapters: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
+def _lay_out(adapters: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     a, b = adapters[::2], adapters[1::2]
     if len(a) > GROUP:
         head, tail = _lay_out(adapters[: 2 * GROUP], scalings[:GROUP], dtype), adapters[2 * GROUP :]
@@ -131,13 +131,20 @@ def _sum(parts: Tensor, out: Tensor) -> None:
     _sum_kernel[(triton.cdiv(size, BLOCK),)](parts, out, len(parts), size, width, out.stride(0), BLOCK)
 
 
+def tile(rank: int, element_size: int, gated: bool) -> tuple[int, int]:
+    """Columns of the skinny matrix and of the large one in a tile."""
+    padded = max(16, triton.next_power_of_2(rank))
+    if element_size == 4:
+        return padded, SUMS // padded // 4
+    return padded, max(64, SUMS // padded // (2 if gated else 1))  # tensor cores take 64 at once
+
+
 def _tiles(
     x: Tensor, skinny: Tensor, *, up: Tensor | None = None, b: Tensor | None = None, by_rank: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of skinny^T x `[P, C, r]`, or `[P, r, C]` if `by_rank`, and of x B `[Q, N, r]`."""
     (rows, columns), rank = x.shape, skinny.shape[1]
-    padded = max(16, triton.next_power_of_2(rank))
-    block = SUMS // padded // (4 if x.element_size() == 4 else 1 if up is None else 2)
+    padded, block = tile(rank, x.element_size(), gated=up is not None)
     across = triton.cdiv(columns, block)
     splits = min(triton.cdiv(rows, ROWS), max(1, PROGRAMS // across))
     rows_each = triton.cdiv(triton.cdiv(rows, splits), ROWS) * ROWS
@@ -149,7 +156,7 @@ def _tiles(
         rows, columns, rows_each, x.stride(0), skinny.stride(0), 0 if b is None else b.stride(0),
         *((1, columns) if by_rank else (rank, 1)),
         RANK=rank, PADDED=padded, GATED=up is not None, THROUGH=b is not None, ROWS=ROWS, COLUMNS=block,
-        num_warps=8, num_stages=2,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return outer, through
 
