@@ -52,6 +52,14 @@ class Stage(Protocol):
 
 
 @runtime_checkable
+class MeasuringStage(Stage, Protocol):
+    """A stage that says more of held-out samples than it pays for in training."""
+
+    def measuring(self) -> Stage:
+        """The stage of an evaluation."""
+
+
+@runtime_checkable
 class ScoringStage(Stage, Protocol):
     """A stage that scores each sample, and whose loss and metrics are arithmetic on the scores of all of them.
 
@@ -352,6 +360,7 @@ def evaluate_loss(
     Sums over sums, so that no value depends on how the samples are batched. None if `keep_going` said no between two
     microbatches, on any rank: the ranks give up together.
     """
+    stage = stage.measuring() if isinstance(stage, MeasuringStage) else stage
     denominators = stage.denominators(samples)
     total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
     table: list[tuple[Sequence[int], Tensor, Tensor]] = []  # of a stage that scores: samples, scores, constants

@@ -196,6 +196,7 @@ class Session:
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
             parts += [f"accuracy {values['eval_accuracy']:.1%}"] if "eval_accuracy" in values else []
+            parts += [f"{values['eval_token_accuracy']:.1%} of tokens right"] if "eval_token_accuracy" in values else []
             parts += [f"KL to the reference {values['eval_kl']:.3f}"] if "eval_kl" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}")
