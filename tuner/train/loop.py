@@ -328,7 +328,7 @@ def _memory_for(batch: Batch) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
-            "set train.activation_checkpointing: true (neither changes the result)"
+            "set train.activation_checkpointing: selective, or true (none of them changes the result)"
         ) from None
 
 
