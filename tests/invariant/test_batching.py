@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tuner import recipe as recipes
 from tuner.stages import sft
-from tuner.train.loop import Loop, Stage
+from tuner.train.loop import Loop
+from tuner.train.stage import Stage
 from tuner.types import Batch, Tokens
 
 STEPS = 20  # Adam magnifies rounding where a gradient is near 0, up to the learning rate: 1e-4 here

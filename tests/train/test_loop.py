@@ -137,7 +137,7 @@ def test_a_step_is_one_step_over_the_whole_batch(stage: type[Nll]) -> None:
             if stage is TwoTerms:
                 losses["length"] = torch.stack([x.sum() ** 2 for x in logps]).mean()
             (grad,) = torch.autograd.grad(sum(losses.values()), table)  # type: ignore[arg-type]
-            report = loop.step(step)
+            (report,) = loop.read([loop.step(step)])
             assert report.losses == pytest.approx({k: float(v.detach()) for k, v in losses.items()}, rel=1e-6)
             assert report.grad_norm == pytest.approx(float(grad.norm()), rel=1e-5) and grad.norm() > 0.1
             with torch.no_grad():
