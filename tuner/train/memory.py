@@ -154,7 +154,7 @@ def training(
     trained = everything if adapter is None else _in_adapter(shape, adapter, reward)
     head_trains = adapter is None or "lm_head" in adapter.modules_to_save
     if adapter is None:
-        weights = float(everything * stored + (c * (everything - shape.in_table) if casts else 0))
+        weights = float(everything * stored + (shape.in_linears * c if casts else 0))
     elif model.load_in_4bit:
         weights = shape.in_linears * (0.5 + NF4_SCALES[model.bnb_4bit_use_double_quant]) + beside * c
         weights += 2 * shape.hidden * shape.inner * c  # two of the widest, as they are multiplied with

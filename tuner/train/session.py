@@ -75,7 +75,7 @@ class Session:
             max_grad_norm=train.max_grad_norm,
             on_nan=train.on_nan,
             lag=LAG[self.devices.device.type],
-            ahead=self.devices.device.type != "cpu",
+            ahead=LAG[self.devices.device.type] > 0,
         )
         self.signals = Signals()
         self._saved_step = self._due_step = -1
