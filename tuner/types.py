@@ -175,7 +175,7 @@ class Batch:
         if device.type == "cpu" or any(tensor.device.type != "cpu" for tensor in tensors.values()):
             moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         else:
-            blob = joined(list(tensors.values()), pinned=True).to(device, non_blocking=True)
+            blob = joined(list(tensors.values()), pinned=device.type == "cuda").to(device, non_blocking=True)
             moved = dict(zip(tensors, parted(blob, list(tensors.values())), strict=True))
         return replace(self, **moved)
 
@@ -315,7 +315,7 @@ def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 def on_device(values: Sequence[Any] | np.ndarray, dtype: type[np.generic], device: torch.device) -> Tensor:
     """Numbers of the host as a tensor on `device`; `torch.tensor(values, device=...)` would wait for the copy."""
     tensor = torch.from_numpy(np.asarray(values, dtype=dtype))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def span(ids: Sequence[int] | np.ndarray, trained: bool, weight: float = 1.0) -> Span:

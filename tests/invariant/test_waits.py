@@ -339,11 +339,19 @@ def test_a_signal_stops_after_the_step_and_a_resumed_run_is_whole(
 def test_evaluations_and_early_stops_see_the_weights_of_their_step(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ("data.eval=0.2", "eval.steps=2", "eval.early_stopping_patience=1", NEVER)
-    given = (*given, "train.learning_rate=20.0", "eval.load_best=true")  # so high that the second one is worse
+    """The third evaluation is said to be a bad one."""
+    evaluate, calls = session.evaluate_loss, [0]
+
+    def worse(*args: Any) -> Any:
+        calls[0] += 1
+        return {name: value + 10 * (calls[0] == 3) for name, value in (evaluate(*args) or {}).items()}
+
+    monkeypatch.setattr(session, "evaluate_loss", worse)
+    given = ("data.eval=0.2", "eval.steps=3", "eval.early_stopping_patience=1", "eval.load_best=true", NEVER)
     with as_on_a_gpu(monkeypatch) as steps:
         late = run("sft", "late", *given, steps=12)
-    assert len(steps) < 12
+    assert steps == [0, 1, 2, 3, 4, 5]
+    calls[0] = 0
     assert_same(late, run("sft", "at-once", *given, steps=12))
 
 

@@ -198,8 +198,8 @@ def _layer(shape: Shape, c: int, *, stream: int, unfused: bool, adapter: Adapter
         return kept
     targets = {name: size for name, size in shape.linears.items() if _is_target(adapter, name)}
     kept += len(targets) * adapter.r * c
-    if adapter.lora_dropout or adapter.use_dora:  # each adapter keeps an input of its own, and which of it is left out
-        kept += sum(inputs for inputs, _ in targets.values()) * (c + 1)
+    if adapter.lora_dropout or adapter.use_dora:  # each adapter keeps an input of its own, and what of it is left out
+        kept += sum(inputs for inputs, _ in targets.values()) * 2 * c
     return kept
 
 
