@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuner import recipe as recipes
 from tuner.stages import sft
-from tuner.train.loop import Loop
+from tuner.train.loop import Loop, Microbatch
 from tuner.train.stage import Stage
 from tuner.types import Batch, Tokens
 
@@ -65,9 +65,9 @@ def test_microbatches(
     sizes: list[int] = []
     accumulate = Loop._accumulate
 
-    def counted(loop: Loop, stage: Stage, samples: Sequence[Tokens], *args: Any, **options: Any) -> Tensor:
-        sizes.append(len(samples))
-        return accumulate(loop, stage, samples, *args, **options)
+    def counted(loop: Loop, stage: Stage, part: Microbatch, *args: Any) -> Tensor:
+        sizes.append(len(part.samples))
+        return accumulate(loop, stage, part, *args)
 
     monkeypatch.setattr(Loop, "_accumulate", counted)
     together = whole(kind)

@@ -38,10 +38,7 @@ from tuner.types import Batch, Tokens, on_device
 
 MAX_SKIPS_IN_A_ROW = 10
 ROW_MULTIPLE = {"cpu": token_logps.ROW_MULTIPLE, "cuda": 1}  # of the tokens of a microbatch
-LAG = {
-    "cpu": 0,
-    "cuda": 1,
-}  # steps under way while one is read: one more keeps a GPU busy, and a CPU has none to wait for
+LAG = {"cpu": 0, "cuda": 1}  # steps under way while one is read: one keeps a GPU busy, and a CPU is not waited for
 
 
 @dataclass
@@ -228,7 +225,7 @@ class Loop:
         rate = self.schedule(step)
         taken = Taken(step, rate, data.tokens, data.denominators, rows, started, Arriving(measured))
         if self.lag:
-            self._held_back().hold(torch.isfinite(measured[-1]) & losses[: len(self.stage.terms)].isfinite().all())
+            self._guarded().hold(norm.isfinite() & losses[: len(self.stage.terms)].isfinite().all())
         if self.lag or self._is_finite(*taken.read()[1:]):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -293,19 +290,14 @@ class Loop:
         for i, part in enumerate(data.microbatches):
             with no_sync(self.module, last=i == len(data.microbatches) - 1):
                 coefficients = replay.coefficients[i] if replay else None
-                sums.append(self._accumulate(stage, part.samples, part, data.denominators, coefficients))
+                sums.append(self._accumulate(stage, part, data.denominators, coefficients))
         return torch.stack([*sums, replay.sums] if replay else sums)
 
     def _accumulate(
-        self,
-        stage: Stage,
-        samples: Sequence[Tokens],
-        part: Microbatch,
-        denominators: Mapping[str, float],
-        coefficients: Tensor | None,
+        self, stage: Stage, part: Microbatch, denominators: Mapping[str, float], coefficients: Tensor | None
     ) -> Tensor:
         """Adds the gradient of one microbatch; returns its sums in the order of `denominators`."""
-        batch = part.batch
+        batch, samples = part.batch, part.samples
         with _memory_for(batch):
             if is_whole_step(stage):
                 scores = stage.scores(self.module, batch, samples)
@@ -346,7 +338,7 @@ class Loop:
     def _is_finite(self, losses: Mapping[str, float], norm: float) -> bool:
         return math.isfinite(norm) and all(math.isfinite(losses[term]) for term in self.stage.terms)
 
-    def _held_back(self) -> Guard:
+    def _guarded(self) -> Guard:
         if self._guard is None:
             self._guard = Guard(self.optimizer, self._patience, self.skips_in_a_row, self.devices.device)
         return self._guard

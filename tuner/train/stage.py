@@ -1,7 +1,9 @@
 """What a stage brings to the loop: what to count, what to minimise, and what its loss must know of a whole step.
 
-Nothing here may wait for the device: `losses`, `scores`, `constants` and `informed` run in every step, while the host
-prepares the next one. What they have to know on the host they read from the samples or from the host's part of a batch.
+Nothing here may wait for the device: `losses`, `scores`, `constants` and `informed` run in every step, and so does
+`whole_losses` of a loss over the whole step. What they have to know on the host they read from the samples or from the
+host's part of a batch. (BCO on single answers, which looks for the good and the bad ones of a step in its table, waits
+once a step; and so do several ranks where they send each other their scores.)
 """
 
 from __future__ import annotations
