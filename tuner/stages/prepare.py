@@ -56,16 +56,16 @@ from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
 from tuner.stages.rows import accepted
 from tuner.train.answers import Answers
-from tuner.train.loop import Stage
+from tuner.train.memory import Choice, microbatch
 from tuner.train.metrics import tracker_classes
 from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
     find_devices,
-    resolve_microbatch,
     resolve_threads,
     seed_everything,
 )
+from tuner.train.stage import Stage
 
 AUTOMATIC = (
     "model.revision",
@@ -97,6 +97,7 @@ class Machine:
     recipe: Recipe
     devices: Devices
     backends: str  # what attention and the other operations run on, and why, for people
+    microbatch: Choice
 
 
 def machine(recipe: Recipe, *, resume: bool) -> Machine:
@@ -122,12 +123,11 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
             "model.dtype": str(dtype).removeprefix("torch."),
             "model.attn_implementation": attention,
             "model.kernels": backend,
-            "train.microbatch_tokens": resolve_microbatch(
-                train.microbatch_tokens, devices.device, recipe.data.max_length
-            ),
             "train.threads": threads,
         },
     )
+    choice = microbatch(recipe, devices)
+    recipe = recipes.resolved(recipe, {"train.microbatch_tokens": choice.tokens})
     if recipe.adapter is None and train.param_dtype == "bfloat16" != recipe.model.dtype:
         raise RecipeError(
             f"train.param_dtype: weights stored in bfloat16 cannot be computed with in {recipe.model.dtype}; set "
@@ -135,7 +135,7 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         )
     torch.set_num_threads(threads)
     seed_everything(train.seed)
-    return Machine(recipe, devices, f"attention {attention} ({why_attention}); kernels {backend} ({why})")
+    return Machine(recipe, devices, f"attention {attention} ({why_attention}); kernels {backend} ({why})", choice)
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
@@ -255,7 +255,7 @@ def check_data(recipe: Recipe) -> CheckReport:
         data,
         train,
         load_tokenizer(recipe.model.name_or_path, recipe.model.revision),
-        microbatch_tokens=resolve_microbatch(train.microbatch_tokens, devices.device, data.max_length),
+        microbatch_tokens=microbatch(recipe, devices).tokens,
         world_size=devices.world_size,
         accepts=accepts,
         fit=fit,
@@ -434,6 +434,7 @@ def load_model(
     seed_everything(recipe.train.seed + machine.devices.rank)
     if machine.devices.is_main:
         _print_model(recipe, policy, machine.backends, console)
+        console.print(f"microbatch  {machine.microbatch.tokens:,} tokens: {machine.microbatch.why}")
     return Model(policy, lambda run: save_result(run, recipe, data, lm, stored_dtype, base_sha256))
 
 
