@@ -24,9 +24,10 @@ from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
 from tuner.data.fit import Fit
 from tuner.data.formats import Kind
+from tuner.data.plan import Plan
 from tuner.data.render import Renderer
 from tuner.data.report import place
-from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
+from tuner.data.stream import Split, choose_template, holdout, load_split, make_renderer
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.errors import DataError, RecipeError, TunerError, printable
 from tuner.evaluate import Question, read_questions

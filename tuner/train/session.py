@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from tuner import recipe as recipes
 from tuner.checkpoint import Checkpoint, RunDir, damage, flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.data.pack import bins
+from tuner.data.plan import Plan
 from tuner.data.render import Renderer
 from tuner.data.store import TokenStore
-from tuner.data.stream import Plan
 from tuner.errors import Interrupted, RunDirError
 from tuner.evaluate import Question, QuestionReport, answer_questions
 from tuner.model.backbone import Backbone
