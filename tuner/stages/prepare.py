@@ -60,6 +60,7 @@ from tuner.stages.rows import accepted
 from tuner.train.answers import Answers
 from tuner.train.loop import Stage
 from tuner.train.metrics import tracker_classes
+from tuner.train.phases import Phases
 from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
@@ -98,11 +99,12 @@ class Machine:
 
     recipe: Recipe
     devices: Devices
+    phases: Phases
 
 
 def machine(recipe: Recipe, *, resume: bool) -> Machine:
     """Decides every `auto` once; a resumed run reuses what it decided at its start."""
-    devices = find_devices()
+    phases, devices = Phases(), find_devices()
     given = recipes.flatten(recipe)
     stored = Path(recipe.train.output_dir) / RECIPE
     if resume and stored.is_file():
@@ -133,7 +135,8 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         )
     torch.set_num_threads(threads)
     seed_everything(train.seed)
-    return Machine(recipe, devices)
+    phases.begin("data")
+    return Machine(recipe, devices, phases)
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
@@ -400,6 +403,7 @@ def load_model(
     kind: type[Scorer], recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console
 ) -> Model[Scorer]:
     """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
+    machine.phases.begin("model")
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
     reward = recipe.stage == "reward"
@@ -500,6 +504,7 @@ def session(
     return Session(
         recipe=recipe,
         devices=machine.devices,
+        phases=machine.phases,
         run=opened.run,
         policy=model.policy,
         stage=stage,

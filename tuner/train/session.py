@@ -32,6 +32,7 @@ from tuner.train.answers import Answers
 from tuner.train.loop import Loop, Progress, Signals, Stage, StepReport, evaluate_loss
 from tuner.train.metrics import Metrics, start_trackers
 from tuner.train.optim import build_optimizer, parameter_groups, schedule
+from tuner.train.phases import Phases
 from tuner.train.setup import Devices, wrap
 from tuner.types import Tokens
 
@@ -45,6 +46,7 @@ class Session:
 
     recipe: Recipe  # with every automatic value decided
     devices: Devices
+    phases: Phases
     run: RunDir | None  # the main rank's; None on the others
     policy: Backbone
     stage: Stage
@@ -111,9 +113,11 @@ class Session:
 
     def _train(self) -> None:
         if not self.progress.history.get("before"):
+            self.phases.begin("evaluation before")
             self.progress.history["before"] = self._evaluate("before")
             if self.answers and self.answers.shown:
                 self.progress.history["answers"] = self.answers.greedy()
+        self.phases.begin("training")
         self._stop_if_told()
         self.metrics.start(self.progress.step)
         if self._measure(self.progress.step):  # which a signal may have cut short, or which may have ended the run
@@ -127,14 +131,16 @@ class Session:
         self._stop_if_told()
         last = step == self.plan.num_steps
         if step % (log.save_steps or self.plan.steps_per_epoch) == 0 or last or not go_on:
-            self._publish()
+            with self.phases.during("saving"):
+                self._publish()
         return go_on
 
     def _measure(self, step: int) -> bool:
         """The evaluation due after `step`, once (that of the last step is `_finish`'s); False: patience has run out."""
         every, progress = self.recipe.eval.steps, self.progress
         if every and 0 < step < self.plan.num_steps and step % every == 0 and progress.evaluated_step < step:
-            values = self._evaluate(f"step {step}")
+            with self.phases.during("evaluation between"):
+                values = self._evaluate(f"step {step}")
             progress.evaluated_step = step
             self._judge(values)
         patience = self.recipe.eval.early_stopping_patience
@@ -144,6 +150,7 @@ class Session:
         return False
 
     def _finish(self) -> dict[str, Any]:
+        self.phases.begin("evaluation after")
         after = self._evaluate("after")
         self._judge(after)
         said = self.answers.greedy() if self.answers and self.answers.shown else ()  # by the weights just evaluated
@@ -161,9 +168,11 @@ class Session:
         if self.answers and self.answers.shown:
             before = self.progress.history.get("answers", ())
             summary["answers"] = self.answers.beside(before, said)
+        self.phases.begin("saving")
         if self.run:
             self._publish()
             summary["result"] = self.save_result(self.run).name
+            self.run.record(seconds=self.phases.seconds())
             self.run.finish(summary)
         self.devices.barrier()
         return summary
