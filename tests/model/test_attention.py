@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.data.pack import pack
-from tuner.model import attention
-from tuner.model.attention import dense_mask, segment_mask, tuner_varlen
+from tuner.kernels.attention import reference as segments
+from tuner.kernels.attention.reference import segment_mask
+from tuner.model.attention import dense_mask, tuner_varlen
 from tuner.types import Batch, Tokens, span
 
 HEADS, DIM = 4, 16
@@ -152,8 +153,8 @@ def test_long_segments_go_another_way(window: int | None, monkeypatch: pytest.Mo
     tensors = qkv(batch.num_tokens, 2, torch.bfloat16)
     wanted = run(dense(dense_mask(batch, window)), *(t.float() for t in tensors))
     for limit in (0, 12, 1024):
-        monkeypatch.setattr(attention, "SHORT", limit)
-        short, long = attention._split(batch.plan, limit)
+        monkeypatch.setattr(segments, "SHORT", limit)
+        short, long = segments._split(batch.plan, limit)
         assert bool(short) == (limit > 0) and bool(long) == (limit < 1024)
         for mine, exact in zip(run(varlen(batch, window), *tensors), wanted, strict=True):
             torch.testing.assert_close(mine.float(), exact, rtol=0, atol=0.05)

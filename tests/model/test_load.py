@@ -19,7 +19,6 @@ from tuner.model.load import (
     load_base,
     load_tokenizer,
     padding_id,
-    plan_implementation,
     resolve_dtype,
     weight_files,
 )
@@ -273,7 +272,3 @@ def test_padding_never_grows_the_vocabulary(tiny_model_dir: Path, tokenizer: Pre
     assert loaded.pad_token_id is None
     assert padding_id(loaded) == 7  # Llama 3's pad token by its name
     assert len(loaded) == len(tokenizer)
-
-
-def test_the_plan_is_the_default_implementation() -> None:
-    assert (plan_implementation("auto"), plan_implementation("eager")) == ("tuner_varlen", "eager")

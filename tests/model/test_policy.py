@@ -237,9 +237,9 @@ def test_mutant_a_last_layer_that_reads_elsewhere(make_model: Make, monkeypatch:
     lm = make_model()
     plain = Policy(copy.deepcopy(lm), compute_dtype=torch.float32)
     fuse(lm)
-    picking = fuse_module._picking_forward
+    forward = fuse_module._layer_forward
     monkeypatch.setattr(
-        fuse_module, "_picking_forward", lambda *args, at, **kwargs: picking(*args, at=at + 1, **kwargs)
+        fuse_module, "_layer_forward", lambda *args, tuner_at, **rest: forward(*args, tuner_at=tuner_at + 1, **rest)
     )
     batch = pack(pairs())
     assert float((Policy(lm, compute_dtype=torch.float32)(batch) - plain(batch)).detach().abs().max()) > 1e-2

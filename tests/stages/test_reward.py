@@ -138,7 +138,6 @@ def test_the_longest_list_makes_the_table_as_wide(rank: Path, tmp_path: Path, mo
         ("generate.max_new_tokens=3", "generate.max_new_tokens has no effect: a reward model writes no text"),
         ("reference.cache=true", "reference.cache has no effect: only `tuner dpo` compares with a reference"),
         ("data.train_on=last", "data.train_on has no effect: a reward is read at the end of an answer"),
-        ("model.kernels=reference", "model.kernels has no effect"),
         ("data.overlong=truncate", "data.overlong: a reward is read at the end of an answer, which truncate cuts off"),
     ],
 )

@@ -13,7 +13,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuner.kernels import BACKENDS
+from tuner import kernels as backends
+from tuner.kernels import Kernels
+from tuner.kernels.attention import IMPLEMENTATIONS
 from tuner.kernels.token_logps.reference import ROW_MULTIPLE
 from tuner.model import attention
 from tuner.model.fuse import PickingLayer
@@ -26,8 +28,8 @@ class Backbone(nn.Module):
     Args:
         lm: the model, with or without an adapter.
         compute_dtype: dtype of matmuls; parameters stored wider are cast by autocast or by the fused adapters.
-        kernels: the backend of the ops, from `tuner.kernels.resolve_backend`.
-        attn_implementation: `tuner_varlen`, or `sdpa`/`eager` with a dense mask.
+        kernels: the functions to compute with, from `tuner.kernels.load`; the references unless others are given.
+        attn_implementation: one of `tuner.kernels.attention`, or `sdpa`/`eager` with a dense mask.
     """
 
     def __init__(
@@ -35,15 +37,15 @@ class Backbone(nn.Module):
         lm: PreTrainedModel | PeftModel,
         *,
         compute_dtype: torch.dtype,
-        kernels: str = "reference",
+        kernels: Kernels | None = None,
         attn_implementation: str = attention.NAME,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.compute_dtype = compute_dtype
-        self.attn_implementation = attn_implementation
-        self.ops = BACKENDS[kernels]
-        self.inner.set_attn_implementation(attn_implementation)
+        self.attn_implementation = attention.NAME if attn_implementation in IMPLEMENTATIONS else attn_implementation
+        self.kernels = kernels or backends.load()
+        self.inner.set_attn_implementation(self.attn_implementation)
         self._picks = isinstance(self.inner.model.layers[-1], PickingLayer)
         # Parameters stored wider than the compute dtype are cast at each use. The fused adapters do so themselves, and
         # score heads stay in fp32; what else is wider (full fine-tuning, modules_to_save) goes through autocast.
@@ -76,7 +78,7 @@ class Backbone(nn.Module):
         if self._picks:
             arguments["tuner_at"] = at
         if self.attn_implementation == attention.NAME:
-            arguments["tuner_plan"] = batch.plan
+            arguments |= {"tuner_plan": batch.plan, "tuner_attention": self.kernels.attention}
         else:
             arguments["attention_mask"] = self._mask(batch)
         with self.autocast():

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner.errors import ModelError, first_line
-from tuner.model import attention, quantize
+from tuner.model import quantize
 from tuner.recipe import ModelSection
 
 FAMILIES = ("llama", "mistral")
@@ -294,11 +294,6 @@ def _score_head(path: Path, hidden_size: int, device: torch.device) -> nn.Linear
             if SCORE in tensors.keys():  # noqa: SIM118  of a file that is no mapping
                 head.weight.data.copy_(tensors.get_tensor(SCORE))
     return head
-
-
-def plan_implementation(requested: str) -> str:
-    """`auto` -> `tuner_varlen`; an explicit name as it is."""
-    return attention.NAME if requested == "auto" else requested
 
 
 def _shown_key(key: str | tuple[str, torch.Size, torch.Size]) -> str:

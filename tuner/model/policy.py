@@ -28,7 +28,7 @@ class Policy(Backbone):
             `[M]` float32; with `collision` `[2, M]`, the second row log Σ_v p(v)² of each prediction, without gradient.
         """
         picked = self.hidden_states(batch, batch.predict_at).to(self.compute_dtype)
-        return self.ops["token_logps"](picked, self.head_weight(), batch.targets, collision=collision)
+        return self.kernels.token_logps(picked, self.head_weight(), batch.targets, collision=collision)
 
     @contextmanager
     def generation_mode(self) -> Iterator[PreTrainedModel | PeftModel]:

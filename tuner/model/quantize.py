@@ -19,8 +19,13 @@ from tuner.errors import ModelError, RecipeError
 
 # The import announces itself on stderr when it finds no GPU; that is no news to a CPU user.
 os.environ.setdefault("BNB_CUDA_VERSION", "")
-import bitsandbytes as bnb  # noqa: E402
-from bitsandbytes.functional import dequantize_4bit  # noqa: E402
+try:
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+except ImportError:  # 16-bit training does not need it
+    bnb = None
+
+Linear4bit: Any = None if bnb is None else bnb.nn.Linear4bit
 
 BLOCK = 64  # weights that share one scale
 
@@ -47,12 +52,12 @@ def check_shapes(hidden_size: int, intermediate_size: int) -> None:
 
 def is_4bit(module: nn.Module) -> bool:
     """Whether a module is a 4-bit linear of bitsandbytes."""
-    return isinstance(module, bnb.nn.Linear4bit)
+    return Linear4bit is not None and isinstance(module, Linear4bit)
 
 
-def dequantize(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def dequantize(module: Any, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` of a 4-bit linear as a plain tensor."""
-    assert isinstance(module, bnb.nn.Linear4bit)
+    assert is_4bit(module)
     state = module.weight.quant_state
     assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked by an evaluation forward"
     return dequantize_4bit(module.weight.data, state).to(dtype)

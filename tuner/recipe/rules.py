@@ -231,7 +231,6 @@ def idle_keys(recipe: Recipe) -> Mapping[str, str]:
         idle |= {f"generate.{key}": reason for key in SECTIONS["generate"].model_fields}
         idle |= dict.fromkeys(("eval.questions", "eval.samples"), reason)
         idle["data.train_on"] = "a reward is read at the end of an answer, whatever stands before it"
-        idle["model.kernels"] = "no operation of a reward model has more than one backend"
     if not recipe.model.load_in_4bit:
         idle |= dict.fromkeys(
             ("model.bnb_4bit_quant_type", "model.bnb_4bit_use_double_quant"), "model.load_in_4bit is false"

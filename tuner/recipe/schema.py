@@ -76,8 +76,12 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute dtype; auto: bfloat16 where the hardware has it natively, else float32."
     )
-    attn_implementation: Literal["auto", "tuner_varlen", "sdpa", "eager"] = Field(
-        "auto", description="Attention; tuner_varlen keeps packed documents apart."
+    attn_implementation: Literal[
+        "auto", "tuner_varlen", "triton", "varlen", "flash_attention_2", "flash_attention_3", "sdpa", "eager"
+    ] = Field(
+        "auto",
+        description="Attention. tuner_varlen runs everywhere; triton (ours), varlen (torch's) and flash_attention_* on "
+        "GPUs; sdpa and eager mask the whole row. An explicit one never falls back.",
     )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Backend of the fused operations; an explicit one never falls back."

@@ -50,7 +50,6 @@ from tuner.model.load import (
     load_base,
     load_config,
     load_tokenizer,
-    plan_implementation,
     resolve_dtype,
 )
 from tuner.model.reference import disable_dropout
@@ -99,6 +98,7 @@ class Machine:
 
     recipe: Recipe
     devices: Devices
+    backends: str  # what attention and the other operations run on, and why, for people
     phases: Phases
 
 
@@ -114,14 +114,17 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         )
     model, train = recipe.model, recipe.train
     commit = find_checkpoint(model.name_or_path, model.revision).commit
+    dtype = resolve_dtype(model.dtype, devices.device)
+    backend, why = kernels.resolve_backend(model.kernels, devices.device)
+    attention, why_attention = kernels.resolve_attention(model.attn_implementation, devices.device, dtype, backend)
     threads = resolve_threads(train.threads, devices.world_size)
     recipe = recipes.resolved(
         recipe,
         {
             **({} if commit is None else {"model.revision": commit}),  # asked once; a branch may move meanwhile
-            "model.dtype": str(resolve_dtype(model.dtype, devices.device)).removeprefix("torch."),
-            "model.attn_implementation": plan_implementation(model.attn_implementation),
-            "model.kernels": kernels.resolve_backend(model.kernels),
+            "model.dtype": str(dtype).removeprefix("torch."),
+            "model.attn_implementation": attention,
+            "model.kernels": backend,
             "train.microbatch_tokens": resolve_microbatch(
                 train.microbatch_tokens, devices.device, recipe.data.max_length
             ),
@@ -136,7 +139,7 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
     torch.set_num_threads(threads)
     seed_everything(train.seed)
     phases.begin("data")
-    return Machine(recipe, devices, phases)
+    return Machine(recipe, devices, f"attention {attention} ({why_attention}); kernels {backend} ({why})", phases)
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
@@ -423,17 +426,18 @@ def load_model(
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
-    fused = fuse(lm)
+    functions = kernels.load(model.kernels, model.attn_implementation)
+    fuse(lm, functions)
     policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
-        kernels=model.kernels,
+        kernels=functions,
         attn_implementation=model.attn_implementation,
     )
     # Every rank started from one seed, so that adapters begin equal; from here on each draws its own dropout.
     seed_everything(recipe.train.seed + machine.devices.rank)
     if machine.devices.is_main:
-        _print_model(recipe, policy, fused, console)
+        _print_model(recipe, policy, machine.backends, console)
     return Model(policy, lambda run: save_result(run, recipe, data, lm, stored_dtype, base_sha256))
 
 
@@ -469,7 +473,7 @@ def _check_context(positions: int, data: Data) -> None:
             )
 
 
-def _print_model(recipe: Recipe, policy: Backbone, fused: Mapping[str, int], console: Console) -> None:
+def _print_model(recipe: Recipe, policy: Backbone, backends: str, console: Console) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = policy.inner.num_parameters()  # knows that 4-bit tensors hold two weights a byte
     total -= trained if recipe.adapter is not None else 0
@@ -488,6 +492,7 @@ def _print_model(recipe: Recipe, policy: Backbone, fused: Mapping[str, int], con
     )
     console.print(f"model    {name}, {total:,} parameters, computed in {recipe.model.dtype}")
     console.print(f"         {how}")
+    console.print(f"         {backends}")
 
 
 def session(

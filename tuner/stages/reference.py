@@ -19,6 +19,7 @@ from tuner.data import cache
 from tuner.data.pack import bins, pack
 from tuner.errors import ModelError
 from tuner.model.adapter import adapter_scales
+from tuner.model.fuse import fuse
 from tuner.model.load import base_fingerprint, check_checkpoint, is_classifier, load_base, load_tokenizer
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
@@ -50,7 +51,13 @@ def make_reference(
         reference, name = Reference(policy), "the policy at its first step"
     else:
         lm = load_base(ModelSection(name_or_path=section.model, dtype=recipe.model.dtype), device, trainable=False)
-        frozen = Policy(lm, compute_dtype=policy.compute_dtype, attn_implementation=policy.attn_implementation)
+        fuse(lm, policy.kernels)
+        frozen = Policy(
+            lm,
+            compute_dtype=policy.compute_dtype,
+            kernels=policy.kernels,
+            attn_implementation=policy.attn_implementation,
+        )
         reference, name = Reference(frozen), section.model
     copied = f", a copy of {reference.copied_bytes / 1e6:,.1f} MB" if reference.copied_bytes else ""
     console.print(f"reference {name}{copied}{', log-probs kept on disk' if section.cache else ''}")

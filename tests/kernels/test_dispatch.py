@@ -1,0 +1,73 @@
+"""What a run computes with is chosen once and said; what was asked for by name is used or refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tuner import kernels
+from tuner.errors import RecipeError
+from tuner.kernels import attention
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's machine, where Triton does not interpret."""
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_auto_says_what_it_chose_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.resolve_backend("auto", CPU) == ("reference", "plain torch is the quick path of a CPU")
+    assert kernels.resolve_backend("auto", CUDA)[0] == "triton"
+    assert kernels.resolve_attention("auto", CPU, torch.bfloat16, "reference")[0] == "tuner_varlen"
+    assert kernels.resolve_attention("auto", CUDA, torch.bfloat16, "triton")[0] == "triton"
+    assert kernels.resolve_attention("auto", CUDA, torch.bfloat16, "reference")[0] == "tuner_varlen"
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    backend, why = kernels.resolve_backend("auto", CUDA)
+    assert backend == "reference" and "pip install 'tuner[kernels]'" in why
+
+
+@pytest.mark.usefixtures("compiled")
+def test_an_explicit_choice_is_never_replaced() -> None:
+    assert kernels.resolve_backend("reference", CUDA)[0] == "reference"
+    assert kernels.resolve_attention("sdpa", CPU, torch.float32, "reference")[0] == "sdpa"
+    with pytest.raises(RecipeError, match="model.kernels: 'cuda-magic' is unknown; use 'auto' or one of: reference"):
+        kernels.resolve_backend("cuda-magic", CPU)
+    with pytest.raises(RecipeError, match="model.kernels: triton cannot run: there is no GPU here.*kernels: auto"):
+        kernels.resolve_backend("triton", CPU)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "message"),
+    [
+        ("triton", CPU, torch.bfloat16, "triton cannot run: there is no GPU here, .*attn_implementation: auto"),
+        ("varlen", CPU, torch.bfloat16, "varlen cannot run: there is no GPU here"),
+        ("varlen", CUDA, torch.float32, ".* computes in bfloat16 or float16, and this run in float32"),
+        ("flash_attention_2", CUDA, torch.bfloat16, ".*the package flash_attn is not installed"),
+        ("flash_attention_3", CUDA, torch.bfloat16, ".*the package flash_attn_interface is not installed"),
+    ],
+)
+def test_attention_that_cannot_run_says_what_to_do(
+    name: str, device: torch.device, dtype: torch.dtype, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"model.attn_implementation: {message}"):
+        kernels.resolve_attention(name, device, dtype, "reference")
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+def test_every_backend_has_every_function(backend: str) -> None:
+    functions = kernels.load(backend)
+    homes = {op: getattr(functions, op).__module__ for op in kernels.OPS}
+    assert homes == {op: f"tuner.kernels.{home}.{backend}" for op, home in kernels.OPS.items()}
+    assert copy.deepcopy(functions) is functions
+
+
+def test_every_attention_loads() -> None:
+    for name in attention.IMPLEMENTATIONS:
+        assert callable(attention.load(name))

@@ -1,0 +1,1 @@
+"""RMSNorm, alone and together with the sum of the residual stream that it reads."""

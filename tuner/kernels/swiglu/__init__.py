@@ -1,0 +1,1 @@
+"""The gated activation between the linears of an MLP."""
