@@ -21,12 +21,14 @@ What was not recorded is null; nothing is estimated. Names end in their unit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -144,11 +146,15 @@ class Side:
 def variables(environment: str) -> dict[str, str]:
     """The variables of a process: on both sides offline, quiet, and with this repository on the path."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("BENCH_PATH")]))  # of unpacked wheels, see gpu.py
+    quiet |= {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": path}
+    quiet |= {"BENCH_PATH": os.environ["BENCH_PATH"]} if "BENCH_PATH" in os.environ else {}
     if environment == "default":
         return PLAIN | {"TOKENIZERS_PARALLELISM": "true"} | quiet
-    from tuner import cli  # not at the top: a GPU machine may lack what the command line needs
-
+    try:
+        from tuner import cli
+    except ModuleNotFoundError:  # a GPU machine may lack what the command line needs
+        return variables("default")
     before = dict(os.environ)
     try:
         os.environ.clear()
@@ -170,7 +176,7 @@ def answer(result: Mapping[str, Any]) -> None:
 
 
 class ChildFailed(Exception):
-    """A side that ended without an answer; the message is the end of what it wrote to stderr."""
+    """A side that ended without an answer; the message has the last line that it wrote."""
 
 
 def child(script: str, side: str, *arguments: str, environment: str = "tuner", **changes: str) -> dict[str, Any]:
@@ -180,23 +186,47 @@ def child(script: str, side: str, *arguments: str, environment: str = "tuner", *
         command, capture_output=True, text=True, env=variables(environment) | changes, check=False, cwd=ROOT
     )
     if done.returncode:
-        raise ChildFailed(f"{side} ended with {done.returncode}: {done.stderr.strip()[-3000:]}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["nothing was said"]
+        raise ChildFailed(f"{side} did not run (exit {done.returncode}): {said[0][:300]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
+@dataclass
+class Turns:
+    """What the sides measured, and what a reader must know of how."""
+
+    runs: dict[str, list[dict[str, Any]]]
+    notes: list[str] = field(default_factory=list)
+
+
 def take_turns(
-    script: str, sides: Mapping[str, Side], arguments: Sequence[str], repeats: int, headline: str
-) -> dict[str, list[dict[str, Any]]]:
-    """`repeats` runs of every side, in turns: A B A B. A side that fails ends it all, with what it said."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    script: str,
+    sides: Mapping[str, Side],
+    arguments: Sequence[str],
+    repeats: int,
+    headline: str,
+    deadline: float = math.inf,
+) -> Turns:
+    """`repeats` runs of every side, in turns: A B A B. A side that fails is left out, with what it said; after
+    `deadline` (of `time.monotonic`) no turn begins."""
+    turns, failed = Turns({name: [] for name in sides}), set[str]()
     for repeat in range(repeats):
+        if time.monotonic() > deadline:
+            turns.notes.append(f"{repeat} of {repeats} turns: the time was up")
+            break
         for name, side in sides.items():
+            if name in failed:
+                continue
             try:
-                runs[name].append(child(script, name, *arguments, environment=side.environment))
+                run = child(script, name, *arguments, environment=side.environment)
             except ChildFailed as error:
-                sys.exit(str(error))
-            print(f"{repeat + 1}/{repeats} {name:<22}{runs[name][-1][headline]:>12,.2f} {headline}", flush=True)
-    return runs
+                failed.add(name)
+                turns.notes.append(str(error))
+                print(f"{repeat + 1}/{repeats} {name:<22}failed: {error}", flush=True)
+                continue
+            turns.runs[name].append(run)
+            print(f"{repeat + 1}/{repeats} {name:<22}{_number(run[headline]):>12} {headline}", flush=True)
+    return turns
 
 
 # --- results ---
@@ -252,7 +282,7 @@ def ratios(
     """How many times better each side is than `against`, turn by turn."""
     found = {}
     for side, measured in runs.items():
-        if side == against or not measured or not runs[against]:
+        if side == against or not measured or not runs.get(against):
             continue
         pairs = list(zip(measured, runs[against], strict=False))
         turns = [a[headline] / b[headline] if better == "higher" else b[headline] / a[headline] for a, b in pairs]

@@ -53,17 +53,11 @@ def run_tuner(work: Path, steps: int, rung: str, parity: bool) -> dict[str, Any]
 
 
 def _unshared(pack: Callable[..., Any]) -> Callable[..., Any]:
-    """The batch that one gets where the prompt is run for each answer: the attention of a pair, twice its prompt."""
-    from dataclasses import replace
-
+    """The batch that one gets where the prompt is run for each answer: without a trunk, every branch is a beginning."""
     from tuner.types import Tokens
 
     def packed(samples: Any, multiple: int = 1) -> Any:
-        if not any(s.branches for s in samples):
-            return pack(samples, multiple)
-        halves = [Tokens(s.trunk, (branch,), s.source, s.row) for s in samples for branch in s.branches]
-        batch = pack(halves, multiple)
-        return replace(batch, seq_doc=batch.seq_doc // 2, seq_branch=batch.seq_doc % 2 + 1)
+        return pack([Tokens((), tuple((*s.trunk, *b) for b in s.branches), s.source, s.row) for s in samples], multiple)
 
     return packed
 
@@ -102,12 +96,19 @@ def main() -> None:
         ours = {rung: Side(how) for rung, how in LADDER.items() if args.ladder or rung == "tuner"}
         theirs = ["trl-default", best, *([f"{best}-cached"] if args.ladder else [])]
         sides = ours | {side: trl[side] for side in theirs}
-        runs = common.take_turns(__file__, sides, arguments, args.repeats, "pairs_per_second")
-        losses = workplace.parity(__file__, sides, ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)])
+        turns = common.take_turns(__file__, sides, arguments, args.repeats, "pairs_per_second")
+        few = ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)]
+        losses = workplace.parity(__file__, sides, turns, few)
     one = common.case(
-        "DPO, LoRA", "pairs_per_second", sides, runs, settings=pairs.settings(args, tried) | {"beta": BETA},
-        against=best, parity=losses, notes=["weights are random; parity is on one batch of 8 pairs, three steps"],
-    )  # fmt: skip
+        "DPO, LoRA",
+        "pairs_per_second",
+        sides,
+        turns.runs,
+        settings=pairs.settings(args, tried) | {"beta": BETA},
+        against=best,
+        parity=losses,
+        notes=["weights are random; parity is on one batch of 8 pairs, three steps", *turns.notes],
+    )
     common.show(one)
     common.write("dpo", [one], args.output)
 

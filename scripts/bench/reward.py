@@ -81,12 +81,19 @@ def main() -> None:
         candidates = {side: how for side, how in trl.items() if side != "trl-default"}
         best, tried = workplace.quickest(__file__, candidates, arguments, "pairs_per_second")
         sides = {"tuner": Side(), "trl-default": trl["trl-default"], best: trl[best]}
-        runs = common.take_turns(__file__, sides, arguments, args.repeats, "pairs_per_second")
-        losses = workplace.parity(__file__, sides, ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)])
+        turns = common.take_turns(__file__, sides, arguments, args.repeats, "pairs_per_second")
+        few = ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)]
+        losses = workplace.parity(__file__, sides, turns, few)
     one = common.case(
-        "reward model, LoRA", "pairs_per_second", sides, runs, settings=pairs.settings(args, tried), against=best,
-        parity=losses, notes=["weights and score head are random; parity is on one batch of 8 pairs, three steps"],
-    )  # fmt: skip
+        "reward model, LoRA",
+        "pairs_per_second",
+        sides,
+        turns.runs,
+        settings=pairs.settings(args, tried),
+        against=best,
+        parity=losses,
+        notes=["weights and score head are random; parity is on one batch of 8 pairs, three steps", *turns.notes],
+    )
     common.show(one)
     common.write("reward", [one], args.output)
 

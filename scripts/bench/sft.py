@@ -220,19 +220,27 @@ def main() -> None:
         )
         ours = {rung: Side(how) for rung, how in LADDER.items() if args.ladder or rung == "tuner"}
         sides = {**ours, "trl-default": trl["trl-default"], best: trl[best]}
-        runs = common.take_turns(__file__, sides, arguments, args.repeats, "tokens_per_second")
-        losses = workplace.parity(__file__, sides, ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)])
+        turns = common.take_turns(__file__, sides, arguments, args.repeats, "tokens_per_second")
+        few = ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)]
+        losses = workplace.parity(__file__, sides, turns, few)
         profile = common.child(__file__, "profile", "--work", str(work), "--steps", "8")["profile"]
-        least = measured_floor(models.SHAPES[args.model], runs["tuner"], work)
+        least = measured_floor(models.SHAPES[args.model], turns.runs["tuner"], work)
     settings = {
         "data": args.data.name, "model": args.model, "adapter": f"LoRA r={workplace.RANK} on every linear, fp32",
         "tokens_a_step": TOKENS, "steps": args.steps, "warm_up_steps": WARM_UP, "dtype": "bfloat16",
         "learning_rate": LEARNING_RATE, "trl_tried_tokens_per_second": tried, "our_step_goes_to": profile,
     }  # fmt: skip
     one = common.case(
-        "SFT, LoRA", "tokens_per_second", sides, runs, settings=settings, against=best, parity=losses, floor=least,
-        notes=["weights are random; parity is on one batch of 8 chats, three steps"],
-    )  # fmt: skip
+        "SFT, LoRA",
+        "tokens_per_second",
+        sides,
+        turns.runs,
+        settings=settings,
+        against=best,
+        parity=losses,
+        floor=least,
+        notes=["weights are random; parity is on one batch of 8 chats, three steps", *turns.notes],
+    )
     common.show(one)
     print("our step goes to: " + ", ".join(f"{kind} {value:.0%}" for kind, value in profile.items()))
     common.write("sft", [one], args.output)

@@ -232,9 +232,12 @@ def quickest(
     return max(tried, key=lambda side: tried[side]), tried
 
 
-def parity(script: str, sides: Mapping[str, common.Side], arguments: Sequence[str]) -> dict[str, list[float]]:
-    """The losses of each side in its first steps on one batch."""
+def parity(
+    script: str, sides: Mapping[str, common.Side], turns: common.Turns, arguments: Sequence[str]
+) -> dict[str, list[float]]:
+    """The losses of each side that ran, in its first steps on one batch."""
     return {
-        side: common.child(script, side, *arguments, "--parity", environment=how.environment)["first_losses"]
-        for side, how in sides.items()
+        side: common.child(script, side, *arguments, "--parity", environment=sides[side].environment)["first_losses"]
+        for side, runs in turns.runs.items()
+        if runs
     }
