@@ -385,6 +385,6 @@ def results(op: Op, side: Compute, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    exact = b.double()
+    found, exact = a.detach().double(), b.detach().double()
     norm = float(torch.linalg.vector_norm(exact))
-    return float(torch.linalg.vector_norm(a.double() - exact)) / norm if norm else math.inf
+    return float(torch.linalg.vector_norm(found - exact)) / norm if norm else math.inf

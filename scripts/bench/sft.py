@@ -140,15 +140,7 @@ def run_trl(work: Path, steps: int, side: str, parity: bool) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     rows = workplace.read_pairs(work / ("parity.jsonl" if parity else "data.jsonl"))
-    dataset = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "completion": [{"role": "assistant", "content": row["completion"]}],
-            }
-            for row in rows
-        ]
-    )
+    dataset = Dataset.from_list(workplace.as_messages(rows))
     settings = {"max_length": ROW, "learning_rate": LEARNING_RATE} | TRL[side]
     if parity and settings.get("packing"):
         settings |= {"per_device_train_batch_size": 1, "max_length": ROW * workplace.PARITY_ROWS}

@@ -285,7 +285,7 @@ def plain_preference(
         clip(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         synchronize(device)
         times.append(time.perf_counter() - started)
     return {

@@ -44,6 +44,17 @@ def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, str]]:
     return pairs
 
 
+def as_messages(pairs: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The same as TRL takes them: conversations."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": pair["prompt"]}],
+            "completion": [{"role": "assistant", "content": pair["completion"]}],
+        }
+        for pair in pairs
+    ]
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
