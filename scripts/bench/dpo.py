@@ -5,7 +5,7 @@
 
 Set up as `pairs.py` says; the reference is computed in every step by the model without its adapter. TRL's defaults are
 what `DPOConfig` gives, with 8 pairs at once; at its best it has bf16 weights, no checkpointing, and the quickest of 1,
-2 and 4 pairs at a time, each tried first. `--ladder` adds our side with its ideas taken away (one pair at a time;
+2, 4 and 8 pairs at a time, each tried first. `--ladder` adds our side with its ideas taken away (one pair at a time;
 packed, but each answer with a prompt of its own), and both sides with the reference's log-probs worked out beforehand.
 """
 

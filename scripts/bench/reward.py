@@ -4,7 +4,7 @@
 
 Set up as `pairs.py` says, over a classifier of one label; pairs longer than 1,024 tokens are left out on both sides,
 since TRL would leave them out. TRL's defaults are what `RewardConfig` gives, with 8 pairs at once; at its best it has
-bf16 weights, no checkpointing, and the quickest of 1, 2 and 4 pairs at a time, each tried first.
+bf16 weights, no checkpointing, and the quickest of 1, 2, 4 and 8 pairs at a time, each tried first.
 """
 
 from __future__ import annotations
