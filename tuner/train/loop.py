@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.pack import bins, pack
+from tuner.data.plan import Plan
 from tuner.data.report import place
-from tuner.data.stream import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
 from tuner.kernels.token_logps import reference as token_logps
 from tuner.train.optim import Guard, clip, heeds_flags
