@@ -79,6 +79,7 @@ def _kernel(
         for start in range(0, WIDTH, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < WIDTH, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            x = tl.where(at < V, x, LOWEST)
             grad = (tl.where(at == target, 1.0, 0.0) - tl.exp(x - top) * share) * scale
             tl.store(logits_ptr + at, rounded(grad, logits_ptr.dtype.element_ty), mask=at < WIDTH)
 
