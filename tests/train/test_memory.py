@@ -222,7 +222,7 @@ def test_it_says_why() -> None:
     long = largest(footprint, 1e15, "cuda", 100_000)
     assert long.tokens == 100_000 and "data.max_length" in long.why
     tight = largest(footprint, 24 * GB, "cuda", 4096)
-    assert tight.tokens == 4096 and "lower data.max_length, or set train.activation_checkpointing" in tight.why
+    assert tight.tokens == 4096 and "set train.activation_checkpointing: selective, or lower" in tight.why
 
 
 def test_a_device_that_is_too_small_is_an_error_with_the_remedy() -> None:

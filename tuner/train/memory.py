@@ -296,7 +296,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
         return Choice(
             max_length,
             f"the longest sample that data.max_length allows, while the estimate gives {fits:,} ({filled} beside "
-            f"{beside}); should memory run out, lower data.max_length, or set train.activation_checkpointing: selective",
+            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or lower "
+            "data.max_length",
         )
     if fits >= MOST_TOKENS[kind]:
         return Choice(MOST_TOKENS[kind], "more would fit, and be no faster")
