@@ -76,19 +76,30 @@ def _exp(x, BASE_2: tl.constexpr):
 
 
 @triton.jit
-def _softmax(scores, m, log_l, BASE_2: tl.constexpr):
-    """Probabilities again, from what the forward has kept; 0 where m is infinite."""
+def _load_lse(lse, i, inside, size, BASE_2: tl.constexpr):
+    """What the forward has kept of queries i: log-sum-exps, in base e as maximum m and log l, for the sum of the two
+    would round off what 32 bits can tell. They are infinite where not `inside`, which makes probabilities 0."""
+    m = tl.load(lse + i, mask=inside, other=float("inf"))
     if BASE_2:
-        return tl.exp2(scores - (m + log_l))
+        return m, m
     else:
-        return tl.exp(scores - m - log_l)  # m + log_l would round off what 32 bits can tell
+        return m, tl.load(lse + size + i, mask=inside, other=0.0)
+
+
+@triton.jit
+def _softmax(scores, m, log_l, BASE_2: tl.constexpr):
+    """The probabilities of scaled scores, from what `_load_lse` gives."""
+    if BASE_2:
+        return tl.exp2(scores - m)
+    else:
+        return tl.exp(scores - m - log_l)
 
 
 @triton.jit
 def _load(base, rows, stride, inside, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     """Rows of a head, `[rows, D]`; zeros behind its dim and, with EDGE, where not `inside`."""
     d = tl.arange(0, D)
-    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    at = base + rows[:, None] * stride + d[None, :]
     if EDGE and HEAD_DIM < D:
         return tl.load(at, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     elif EDGE:
@@ -102,7 +113,7 @@ def _load(base, rows, stride, inside, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr
 @triton.jit
 def _store(base, rows, stride, inside, x, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     d = tl.arange(0, D)
-    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    at = base + rows[:, None] * stride + d[None, :]
     tl.store(at, rounded(x, base.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM)[None, :])
 
 
@@ -135,7 +146,7 @@ def _forward_step(
 ):  # fmt: skip
     """Takes the keys from position `at` on into the running maximum, sum and output of softmax."""
     j = at + tl.arange(0, KEYS)
-    rows = j + tl.where(j < length, trunk, behind)
+    rows = (j + tl.where(j < length, trunk, behind)).to(tl.int64)
     keys = _load(k, rows, stride_kn, j < last, EDGE, HEAD_DIM, D)
     scores = dot(q, tl.trans(keys), tl.zeros([q.shape[0], KEYS], tl.float32))
     if EDGE or WINDOWED:
@@ -158,7 +169,7 @@ def _forward(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BASE_2: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Output of one query tile and head. With KEEP the two parts of its log-sum-exps, the maximum m and log l, `[2, heads, N]`."""
+    """Output of one query tile and head. With KEEP its log-sum-exps, as `_load_lse` reads them."""
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     start, stop = tl.load(tile), tl.load(tile + 1)
@@ -166,7 +177,7 @@ def _forward(
     i = start + tl.arange(0, QUERIES)
     inside = i < stop
     position = i - behind
-    queries = _load(q + head * stride_qh, i, stride_qn, inside, True, HEAD_DIM, D)
+    queries = _load(q + head * stride_qh, i.to(tl.int64), stride_qn, inside, True, HEAD_DIM, D)
     k += head // GROUP * stride_kh
     v += head // GROUP * stride_vh
     first, masked, last = _keys_of(start, stop, length, behind, window, KEYS, WINDOWED)
@@ -184,11 +195,13 @@ def _forward(
             KEYS, True, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
     l = tl.where(inside, l, 1.0)  # noqa: E741  rows behind the tile may have seen nothing
-    _store(out + head * HEAD_DIM, i, HEADS * HEAD_DIM, inside, o / l[:, None], HEAD_DIM, D)
-    if KEEP:
-        at = head * n + i
+    _store(out + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, o / l[:, None], HEAD_DIM, D)
+    at = head * n + i
+    if KEEP and BASE_2:
+        tl.store(lse + at, m + tl.log2(l), mask=inside)
+    elif KEEP:
         tl.store(lse + at, m, mask=inside)
-        tl.store(lse + HEADS * n.to(tl.int64) + at, tl.log2(l) if BASE_2 else tl.log(l), mask=inside)
+        tl.store(lse + HEADS * n.to(tl.int64) + at, tl.log(l), mask=inside)
 
 
 @triton.jit
@@ -198,7 +211,7 @@ def _grad_query_step(
     BASE_2: tl.constexpr,
 ):  # fmt: skip
     j = at + tl.arange(0, KEYS)
-    rows = j + tl.where(j < length, trunk, behind)
+    rows = (j + tl.where(j < length, trunk, behind)).to(tl.int64)
     keys = _load(k, rows, stride_kn, j < last, EDGE, HEAD_DIM, D)
     values = _load(v, rows, stride_vn, j < last, EDGE, HEAD_DIM, D)
     zeros = tl.zeros([q.shape[0], KEYS], tl.float32)
@@ -224,15 +237,14 @@ def _grad_query(
     i = start + tl.arange(0, QUERIES)
     inside = i < stop
     position = i - behind
-    queries = _load(q + head * stride_qh, i, stride_qn, inside, True, HEAD_DIM, D)
-    grads = _load(grad + head * stride_gh, i, stride_gn, inside, True, HEAD_DIM, D)
-    outs = _load(out + head * HEAD_DIM, i, HEADS * HEAD_DIM, inside, True, HEAD_DIM, D)
+    queries = _load(q + head * stride_qh, i.to(tl.int64), stride_qn, inside, True, HEAD_DIM, D)
+    grads = _load(grad + head * stride_gh, i.to(tl.int64), stride_gn, inside, True, HEAD_DIM, D)
+    outs = _load(out + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, True, HEAD_DIM, D)
     wide = tl.float32 if BASE_2 else tl.float64
     d = tl.sum(grads.to(wide) * outs.to(wide), 1).to(tl.float32)
     at = head * n + i
     tl.store(delta + at, d, mask=inside)
-    m = tl.load(lse + at, mask=inside, other=float("inf"))
-    log_l = tl.load(lse + HEADS * n.to(tl.int64) + at, mask=inside, other=0.0)
+    m, log_l = _load_lse(lse, at, inside, HEADS * n.to(tl.int64), BASE_2)
     k += head // GROUP * stride_kh
     v += head // GROUP * stride_vh
     first, masked, last = _keys_of(start, stop, length, behind, window, KEYS, WINDOWED)
@@ -247,12 +259,12 @@ def _grad_query(
             queries, k, v, grads, m, log_l, d, sums, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale,
             window, KEYS, True, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
-    _store(dq + head * HEAD_DIM, i, HEADS * HEAD_DIM, inside, sums * scaling, HEAD_DIM, D)
+    _store(dq + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, sums * scaling, HEAD_DIM, D)
 
 
 @triton.jit
 def _grad_key_step(
-    keys, values, q, grad, m, log_l, delta, dk, dv, at, last, j, position, positions, stride_qn, stride_gn, scale, window,
+    keys, values, q, grad, lse, size, delta, dk, dv, at, last, j, position, positions, stride_qn, stride_gn, scale, window,
     QUERIES: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BASE_2: tl.constexpr,
 ):  # fmt: skip
@@ -262,10 +274,10 @@ def _grad_key_step(
     """
     i = at + tl.arange(0, QUERIES)
     inside = i < last
-    queries = _load(q, i, stride_qn, inside, True, HEAD_DIM, D)
-    grads = _load(grad, i, stride_gn, inside, True, HEAD_DIM, D)
-    m = tl.load(m + i, mask=inside, other=float("inf"))
-    log_l = tl.load(log_l + i, mask=inside, other=0.0)
+    row = tl.arange(0, QUERIES)  # offsets in the tile fit in 32 bits, and do not change from tile to tile
+    queries = _load(q + at * stride_qn.to(tl.int64), row, stride_qn, inside, True, HEAD_DIM, D)
+    grads = _load(grad + at * stride_gn.to(tl.int64), row, stride_gn, inside, True, HEAD_DIM, D)
+    m, log_l = _load_lse(lse, i, inside, size, BASE_2)
     d = tl.load(delta + i, mask=inside, other=0.0)
     zeros = tl.zeros([keys.shape[0], QUERIES], tl.float32)
     p = _softmax(dot(keys, tl.trans(queries), zeros) * scale, m[None, :], log_l[None, :], BASE_2)
@@ -292,19 +304,19 @@ def _grad_key(
     start, stop, own, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     j = start + tl.arange(0, KEYS)
     inside = j < stop
-    keys = _load(k + head * stride_kh, j, stride_kn, inside, True, HEAD_DIM, D)
-    values = _load(v + head * stride_vh, j, stride_vn, inside, True, HEAD_DIM, D)
+    keys = _load(k + head * stride_kh, j.to(tl.int64), stride_kn, inside, True, HEAD_DIM, D)
+    values = _load(v + head * stride_vh, j.to(tl.int64), stride_vn, inside, True, HEAD_DIM, D)
     position = tl.load(positions + j, mask=inside, other=0)
+    size = KV_HEADS * GROUP * n.to(tl.int64)
     dks, dvs = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
     for member in range(GROUP):
         query_head = head * GROUP + member
         q_h, grad_h = q + query_head * stride_qh, grad + query_head * stride_gh
-        m_h, delta_h = lse + query_head * n, delta + query_head * n
-        log_l_h = m_h + KV_HEADS * GROUP * n.to(tl.int64)
+        lse_h, delta_h = lse + query_head * n, delta + query_head * n
         if WINDOWED:
             for at in range(start, tl.minimum(own, stop - 1 + window), QUERIES):
                 dks, dvs = _grad_key_step(
-                    keys, values, q_h, grad_h, m_h, log_l_h, delta_h, dks, dvs, at, own, j, position, positions,
+                    keys, values, q_h, grad_h, lse_h, size, delta_h, dks, dvs, at, own, j, position, positions,
                     stride_qn, stride_gn, scale, window, QUERIES, True, True, HEAD_DIM, D, BASE_2,
                 )  # fmt: skip
             for at in range(own, last, QUERIES):  # of branches, each of which leaves the window by itself
@@ -312,23 +324,23 @@ def _grad_key(
                 nearest = tl.min(tl.load(positions + i, mask=i < last, other=2147483647), 0)
                 if nearest - tl.load(positions + stop - 1) < window:
                     dks, dvs = _grad_key_step(
-                        keys, values, q_h, grad_h, m_h, log_l_h, delta_h, dks, dvs, at, last, j, position, positions,
+                        keys, values, q_h, grad_h, lse_h, size, delta_h, dks, dvs, at, last, j, position, positions,
                         stride_qn, stride_gn, scale, window, QUERIES, True, True, HEAD_DIM, D, BASE_2,
                     )  # fmt: skip
         else:
             plain: tl.constexpr = max(KEYS, QUERIES)  # so far behind the first key, queries see all of the tile
             for at in range(start, tl.minimum(start + KEYS, last), QUERIES):
                 dks, dvs = _grad_key_step(
-                    keys, values, q_h, grad_h, m_h, log_l_h, delta_h, dks, dvs, at, last, j, position, positions,
+                    keys, values, q_h, grad_h, lse_h, size, delta_h, dks, dvs, at, last, j, position, positions,
                     stride_qn, stride_gn, scale, window, QUERIES, True, False, HEAD_DIM, D, BASE_2,
                 )  # fmt: skip
             for at in range(start + plain, last, QUERIES):
                 dks, dvs = _grad_key_step(
-                    keys, values, q_h, grad_h, m_h, log_l_h, delta_h, dks, dvs, at, last, j, position, positions,
+                    keys, values, q_h, grad_h, lse_h, size, delta_h, dks, dvs, at, last, j, position, positions,
                     stride_qn, stride_gn, scale, window, QUERIES, False, False, HEAD_DIM, D, BASE_2,
                 )  # fmt: skip
-    _store(dk + head * HEAD_DIM, j, KV_HEADS * HEAD_DIM, inside, dks * scaling, HEAD_DIM, D)
-    _store(dv + head * HEAD_DIM, j, KV_HEADS * HEAD_DIM, inside, dvs, HEAD_DIM, D)
+    _store(dk + head * HEAD_DIM, j.to(tl.int64), KV_HEADS * HEAD_DIM, inside, dks * scaling, HEAD_DIM, D)
+    _store(dv + head * HEAD_DIM, j.to(tl.int64), KV_HEADS * HEAD_DIM, inside, dvs, HEAD_DIM, D)
 
 
 # --- around them ---
@@ -374,10 +386,10 @@ def _by_dims(x: Tensor) -> Tensor:
 
 
 def _forward_pass(query: Tensor, key: Tensor, value: Tensor, shape: _Shape, keep: bool) -> tuple[Tensor, Tensor]:
-    """Output `[1, N, heads, D]` and, with `keep`, the parts of log-sum-exps `[2, heads, N]`."""
+    """Output `[1, N, heads, D]` and, with `keep`, log-sum-exps or their two parts `[1 or 2, heads, N]`."""
     _, heads, n, dim = query.shape
     output = torch.empty(1, n, heads, dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(2, heads, n if keep else 0, dtype=torch.float32, device=query.device)
+    lse = torch.empty(1 if shape.base_2 else 2, heads, n if keep else 0, dtype=torch.float32, device=query.device)
     config, table = shape.sizes.forward, shape.tables.queries
     with torch.cuda.device_of(query):
         _forward[(len(table) * heads,)](
