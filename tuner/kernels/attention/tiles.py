@@ -26,7 +26,7 @@ REMEMBERED = 4  # rows whose tables are kept
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """The tables of a row, on its device. Tiles are in order of falling work: the programs that start last are short."""
+    """The tables of a row, on its device. Tiles come in order of falling work: programs that start last are short."""
 
     queries: Tensor  # [query tiles, 8] int32: first row, row behind the last, `trunk`, `length`, `behind`
     keys: Tensor  # [key tiles, 4] int32: first row, row behind the last, ends of the segment and of the queries
@@ -64,8 +64,8 @@ def _runs(plan: Plan, rows: int) -> list[_Run]:
             keys = ((first, last), segment.query) if branch else (segment.query,)
             if segment.query[0] != at or segment.query[1] <= at or segment.keys != keys:
                 raise ValueError(
-                    f"the Triton attention needs each trunk, then its branches, one behind another; not {segment} where "
-                    f"{at} tokens are behind; set model.attn_implementation: tuner_varlen"
+                    f"the Triton attention needs each trunk, then its branches, one behind another, not {segment} "
+                    f"after {at} tokens; set model.attn_implementation: tuner_varlen"
                 )
             at = segment.query[1]
         runs += [

@@ -46,18 +46,20 @@ class Configs:
 
 
 def configs(head_dim: int, half: bool, mean: float) -> Configs:
-    """Sizes by fixed rule: of the head dim, the dtype (16 bits or 32), and the mean length of the row's segments.
+    """Sizes by a fixed rule over the head dim, the dtype (16 bits or 32) and the mean length of the row's segments.
 
-    What is worked out depends on sizes in its last bits only, and they depend on nothing that is measured. 64 rows of a
-    tile are what a warp group of an H100 multiplies at once.
+    So they are the same in every run: what is worked out depends on them in its last bits. The reasons, from what the
+    compiler makes of each for an H100: a warp group multiplies 64 rows at once, so 64 or 128 are kept. Where a thread
+    needs 128 registers at most (head dim 64), two programs run on a multiprocessor side by side, one at softmax while
+    the other multiplies; else one has it for itself, and streams as much as its registers hold.
     """
-    if not half:  # multiplied without tensor cores, out of registers
-        return Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1))
-    if mean < 128:  # a tile of 128 would be half empty
-        return Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2))
+    if not half:  # multiplied without tensor cores, from registers
+        return Configs(Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(32, 16, 8, 1))
+    if mean < 128:  # of larger tiles more than half would be empty
+        return Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2))
     if head_dim <= 64:
-        return Configs(Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 2))
-    return Configs(Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(128, 64, 8, 2))
+        return Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 2))
+    return Configs(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(128, 64, 8, 2))
 
 
 # --- kernels: tables, and positions in a document, as in tiles.py ---
@@ -67,7 +69,7 @@ def configs(head_dim: int, half: bool, mean: float) -> Configs:
 def _exp(x, BASE_2: tl.constexpr):
     """The exponential, of base 2 where `scale` and log-sum-exps are of that base, which saves a product a score.
 
-    In base e the product comes after the maximum is taken off, which rounds less. Scores of 16-bit tensors do not show it.
+    In base e that product comes after the maximum is taken off and rounds less, which 16-bit tensors do not show.
     """
     if BASE_2:
         return tl.exp2(x)
@@ -140,7 +142,7 @@ def _keys_of(start, stop, length, behind, window, KEYS: tl.constexpr, WINDOWED: 
 
 @triton.jit
 def _forward_step(
-    q, k, v, m, l, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
+    q, k, v, m, total, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
     KEYS: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BASE_2: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +161,7 @@ def _forward_step(
     shrunk = _exp(m - subtracted, BASE_2)
     values = _load(v, rows, stride_vn, j < last, EDGE, HEAD_DIM, D)
     o = dot(rounded(p, values.dtype), values, o * shrunk[:, None])
-    return highest, l * shrunk + tl.sum(p, 1), o
+    return highest, total * shrunk + tl.sum(p, 1), o
 
 
 @triton.jit(do_not_specialize=["n", "window"])
@@ -182,26 +184,26 @@ def _forward(
     v += head // GROUP * stride_vh
     first, masked, last = _keys_of(start, stop, length, behind, window, KEYS, WINDOWED)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
-    l = tl.zeros([QUERIES], tl.float32)  # noqa: E741  the symbol of the paper
+    total = tl.zeros([QUERIES], tl.float32)
     o = tl.zeros([QUERIES, D], tl.float32)
     for at in range(first, masked, KEYS):
-        m, l, o = _forward_step(
-            queries, k, v, m, l, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
+        m, total, o = _forward_step(
+            queries, k, v, m, total, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
             KEYS, False, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
     for at in range(masked, last, KEYS):
-        m, l, o = _forward_step(
-            queries, k, v, m, l, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
+        m, total, o = _forward_step(
+            queries, k, v, m, total, o, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale, window,
             KEYS, True, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
-    l = tl.where(inside, l, 1.0)  # noqa: E741  rows behind the tile may have seen nothing
-    _store(out + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, o / l[:, None], HEAD_DIM, D)
+    total = tl.where(inside, total, 1.0)  # rows behind the tile may have seen nothing
+    _store(out + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, o / total[:, None], HEAD_DIM, D)
     at = head * n + i
     if KEEP and BASE_2:
-        tl.store(lse + at, m + tl.log2(l), mask=inside)
+        tl.store(lse + at, m + tl.log2(total), mask=inside)
     elif KEEP:
         tl.store(lse + at, m, mask=inside)
-        tl.store(lse + HEADS * n.to(tl.int64) + at, tl.log(l), mask=inside)
+        tl.store(lse + HEADS * n.to(tl.int64) + at, tl.log(total), mask=inside)
 
 
 @triton.jit
@@ -215,9 +217,10 @@ def _grad_query_step(
     keys = _load(k, rows, stride_kn, j < last, EDGE, HEAD_DIM, D)
     values = _load(v, rows, stride_vn, j < last, EDGE, HEAD_DIM, D)
     zeros = tl.zeros([q.shape[0], KEYS], tl.float32)
-    p = _softmax(dot(q, tl.trans(keys), zeros) * scale, m[:, None], log_l[:, None], BASE_2)
+    scores = dot(q, tl.trans(keys), zeros) * scale
     if EDGE or WINDOWED:
-        p = tl.where(_seen(position, j, window, EDGE, WINDOWED), p, 0.0)
+        scores = tl.where(_seen(position, j, window, EDGE, WINDOWED), scores, float("-inf"))
+    p = _softmax(scores, m[:, None], log_l[:, None], BASE_2)
     ds = p * (dot(grad, tl.trans(values), zeros) - delta[:, None])
     return dot(rounded(ds, keys.dtype), keys, dq)
 
@@ -251,21 +254,21 @@ def _grad_query(
     sums = tl.zeros([QUERIES, D], tl.float32)
     for at in range(first, masked, KEYS):
         sums = _grad_query_step(
-            queries, k, v, grads, m, log_l, d, sums, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale,
-            window, KEYS, False, WINDOWED, HEAD_DIM, D, BASE_2,
+            queries, k, v, grads, m, log_l, d, sums, at, last, position, trunk, length, behind, stride_kn, stride_vn,
+            scale, window, KEYS, False, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
     for at in range(masked, last, KEYS):
         sums = _grad_query_step(
-            queries, k, v, grads, m, log_l, d, sums, at, last, position, trunk, length, behind, stride_kn, stride_vn, scale,
-            window, KEYS, True, WINDOWED, HEAD_DIM, D, BASE_2,
+            queries, k, v, grads, m, log_l, d, sums, at, last, position, trunk, length, behind, stride_kn, stride_vn,
+            scale, window, KEYS, True, WINDOWED, HEAD_DIM, D, BASE_2,
         )  # fmt: skip
     _store(dq + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, sums * scaling, HEAD_DIM, D)
 
 
 @triton.jit
 def _grad_key_step(
-    keys, values, q, grad, lse, size, delta, dk, dv, at, last, j, position, positions, stride_qn, stride_gn, scale, window,
-    QUERIES: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    keys, values, q, grad, lse, size, delta, dk, dv, at, last, j, position, positions, stride_qn, stride_gn, scale,
+    window, QUERIES: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BASE_2: tl.constexpr,
 ):  # fmt: skip
     """Takes the queries from row `at` on into dK and dV; scores are transposed, `[keys, queries]`.
@@ -278,16 +281,17 @@ def _grad_key_step(
     queries = _load(q + at * stride_qn.to(tl.int64), row, stride_qn, inside, True, HEAD_DIM, D)
     grads = _load(grad + at * stride_gn.to(tl.int64), row, stride_gn, inside, True, HEAD_DIM, D)
     m, log_l = _load_lse(lse, i, inside, size, BASE_2)
-    d = tl.load(delta + i, mask=inside, other=0.0)
     zeros = tl.zeros([keys.shape[0], QUERIES], tl.float32)
-    p = _softmax(dot(keys, tl.trans(queries), zeros) * scale, m[None, :], log_l[None, :], BASE_2)
+    scores = dot(keys, tl.trans(queries), zeros) * scale
     if EDGE:
         seen = j[:, None] <= i[None, :]
         if WINDOWED:
             seen &= tl.load(positions + i, mask=inside, other=0)[None, :] - position[:, None] < window
-        p = tl.where(seen, p, 0.0)
+        scores = tl.where(seen, scores, float("-inf"))
+    p = _softmax(scores, m[None, :], log_l[None, :], BASE_2)
     dv = dot(rounded(p, grads.dtype), grads, dv)
-    ds = p * (dot(values, tl.trans(grads), zeros) - d[None, :])
+    d = tl.load(delta + i, mask=inside, other=0.0)
+    ds = p * dot(values, tl.trans(grads), zeros - d[None, :])  # delta is taken off here: it needs no registers later
     return dot(rounded(ds, queries.dtype), queries, dk), dv
 
 
@@ -304,8 +308,9 @@ def _grad_key(
     start, stop, own, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     j = start + tl.arange(0, KEYS)
     inside = j < stop
-    keys = _load(k + head * stride_kh, j.to(tl.int64), stride_kn, inside, True, HEAD_DIM, D)
-    values = _load(v + head * stride_vh, j.to(tl.int64), stride_vn, inside, True, HEAD_DIM, D)
+    rows = tl.minimum(j, stop - 1).to(tl.int64)  # behind the tile its last key again, whose scores are of one size
+    keys = _load(k + head * stride_kh, rows, stride_kn, inside, False, HEAD_DIM, D)
+    values = _load(v + head * stride_vh, rows, stride_vn, inside, False, HEAD_DIM, D)
     position = tl.load(positions + j, mask=inside, other=0)
     size = KV_HEADS * GROUP * n.to(tl.int64)
     dks, dvs = tl.zeros([KEYS, D], tl.float32), tl.zeros([KEYS, D], tl.float32)
