@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.kernels.compiling import Request, compiled, has_compiler
 from tuner import kernels
 from tuner.data.pack import pack
-from tuner.kernels.attention import tiles, varlen
+from tuner.kernels.attention import tiles
 from tuner.model.attention import dense_mask
 from tuner.model.policy import Policy
 from tuner.types import Batch, Segment, Tokens, span
@@ -325,43 +325,36 @@ def test_a_policy_scores_and_learns_the_same(make_model: Callable[..., Any]) -> 
 # --- the compiler ---
 
 STRIDES = ("stride_qh", "stride_qn", "stride_kh", "stride_kn", "stride_vh", "stride_vn")
+GRAD_STRIDES = ("stride_gh", "stride_gn")
 
 
 def requests(dim: int, kind: str, mean: float = 1000.0, windowed: bool = False) -> list[Request]:
     """The three kernels as `attention` starts them for a Llama 3 of this head dim."""
-    made = CONFIGS(dim, kind != "fp32", mean)
-    tensor, strides = f"*{kind}:16", dict.fromkeys(STRIDES, "i32:16")
-    numbers = {"n": "i32", "window": "i32", "scale": "fp32", **strides}
-    signature = {**dict.fromkeys(("q", "k", "v"), tensor), "lse": "*fp32:16", "tiles": "*i32:16", **numbers}
+    made, tensor = CONFIGS(dim, kind != "fp32", mean), f"*{kind}:16"
+    signature = {**dict.fromkeys(("q", "k", "v"), tensor), "lse": "*fp32:16", "tiles": "*i32:16"}
+    signature |= {"n": "i32", "window": "i32", "scale": "fp32", **dict.fromkeys(STRIDES, "i32:16")}
     back = {
         **signature,
         "grad": tensor,
         "delta": "*fp32:16",
         "scaling": "fp32",
-        "stride_gh": "i32:16",
-        "stride_gn": "i32:16",
+        **dict.fromkeys(GRAD_STRIDES, "i32:16"),
     }
-    shared = {"GROUP": 4, "HEAD_DIM": dim, "D": dim, "BASE_2": kind != "fp32", "WINDOWED": windowed}
-    home = triton.__name__
+    constants = {"GROUP": 4, "HEAD_DIM": dim, "D": dim, "BASE_2": kind != "fp32", "WINDOWED": windowed}
 
-    def sizes(config: Any) -> dict[str, int]:
-        return {"num_warps": config.warps, "num_stages": config.stages}
+    def request(name: str, config: Any, signature: dict[str, str], **more: object) -> Request:
+        return Request(f"{triton.__name__}:{name}", signature, constants | more, config.warps, config.stages)
 
     def queries(config: Any) -> dict[str, object]:
-        return {**shared, "HEADS": 32, "QUERIES": config.kept, "KEYS": config.streamed, "COLUMNS": 8}
+        return {"HEADS": 32, "QUERIES": config.kept, "KEYS": config.streamed, "COLUMNS": 8}
 
-    keys = {**shared, "KV_HEADS": 8, "QUERIES": made.grad_key.streamed, "KEYS": made.grad_key.kept, "COLUMNS": 4}
+    keys = {"KV_HEADS": 8, "QUERIES": made.grad_key.streamed, "KEYS": made.grad_key.kept, "COLUMNS": 4}
+    outs = {"dk": tensor, "dv": tensor, "positions": "*i32:16"}
     return [
-        Request(
-            f"{home}:_forward", signature | {"out": tensor}, queries(made.forward) | {"KEEP": True}, **sizes(made.forward)
-        ),
-        Request(
-            f"{home}:_grad_query", back | {"out": tensor, "dq": tensor}, queries(made.grad_query), **sizes(made.grad_query)
-        ),
-        Request(
-            f"{home}:_grad_key", back | {"dk": tensor, "dv": tensor, "positions": "*i32:16"}, keys, **sizes(made.grad_key)
-        ),
-    ]  # fmt: skip
+        request("_forward", made.forward, signature | {"out": tensor}, KEEP=True, **queries(made.forward)),
+        request("_grad_query", made.grad_query, back | {"out": tensor, "dq": tensor}, **queries(made.grad_query)),
+        request("_grad_key", made.grad_key, back | outs, **keys),
+    ]
 
 
 @has_compiler

@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tuner.kernels.attention import MAX_HEAD_DIM
 from tuner.kernels.attention.reference import Plan
 from tuner.kernels.attention.tiles import KEY_COLUMNS, QUERY_COLUMNS, Tiles, mean_length, tiles
 from tuner.kernels.portable import dot, rounded
-
-MAX_HEAD_DIM = 128
 
 # --- sizes ---
 
@@ -441,8 +440,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
         grad = _by_dims(grads[0].transpose(1, 2))
-        return (*(x.transpose(1, 2) for x in _backward_pass(grad, *ctx.saved_tensors, ctx.shape)), None)
+        found = _backward_pass(grad, query, key, value, output, lse, ctx.shape)
+        return (*(x.transpose(1, 2) for x in found), None)
 
 
 def attention(
@@ -457,7 +458,7 @@ def attention(
     if dropout:
         raise ValueError("the Triton attention has no dropout of attention weights; use tuner_varlen")
     heads, n, dim = query.shape[1:]
-    assert dim <= MAX_HEAD_DIM and scaling > 0 and query.dtype == key.dtype == value.dtype
+    assert dim <= MAX_HEAD_DIM["triton"] and scaling > 0 and query.dtype == key.dtype == value.dtype
     half = query.element_size() == 2
     sizes = configs(dim, half, mean_length(plan))
     tables = tiles(plan, n, sizes.forward.kept, sizes.grad_key.kept, query.device)
