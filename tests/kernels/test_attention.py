@@ -133,12 +133,32 @@ def test_the_kernels_compute_the_rule_as_exactly_as_plain_torch(
     check(ours, batch, window, qkv(batch, heads, kv_heads, dim, dtype))
 
 
-@pytest.mark.parametrize("sizes", [((32, 16), (32, 16), (16, 32)), ((16, 32), (16, 32), (32, 16))])
-def test_tiles_of_any_size(sizes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        (((32, 16), (32, 16), (16, 32)), None),
+        (((32, 16), (32, 16), (16, 32)), 7),  # the last queries of a tile see nothing of its first keys
+        (((16, 32), (16, 32), (32, 16)), None),
+    ],
+)
+def test_tiles_of_any_size(
+    sizes: tuple[tuple[int, int], ...], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = triton.Configs(*(triton.Config(kept, streamed, 4, 1) for kept, streamed in sizes))
     monkeypatch.setattr(triton, "configs", lambda *_: made)
     batch = ROWS["trunks"]()
-    check(ours, batch, None, qkv(batch, 1, 1, 16, torch.float32))
+    check(ours, batch, window, qkv(batch, 1, 1, 16, torch.float32))
+
+
+CONFIGS = triton.configs  # before the fixture puts small ones in their place
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("trunk", [129, 60])
+def test_the_tiles_of_a_gpu(dim: int, trunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "configs", CONFIGS)
+    batch = pack([document(trunk, trunk - 2, trunk - 1)])
+    check(ours, batch, None, qkv(batch, 1, 1, dim, torch.bfloat16))
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -147,9 +167,6 @@ def test_tiles_of_any_size(sizes: tuple[tuple[int, int], ...], monkeypatch: pyte
 def test_two_kernels_share_the_table_of_query_tiles(dim: int, mean: float, half: bool) -> None:
     made = CONFIGS(dim, half, mean)
     assert made.forward.kept == made.grad_query.kept
-
-
-CONFIGS = triton.configs  # before the fixture puts small ones in their place
 
 
 def test_large_scores_stay_finite() -> None:

@@ -277,8 +277,8 @@ def _grad_key_step(
     i = at + tl.arange(0, QUERIES)
     inside = i < last
     row = tl.arange(0, QUERIES)  # offsets in the tile fit in 32 bits, and do not change from tile to tile
-    queries = _load(q + at * stride_qn.to(tl.int64), row, stride_qn, inside, True, HEAD_DIM, D)
-    grads = _load(grad + at * stride_gn.to(tl.int64), row, stride_gn, inside, True, HEAD_DIM, D)
+    queries = _load(q + at * tl.cast(stride_qn, tl.int64), row, stride_qn, inside, True, HEAD_DIM, D)
+    grads = _load(grad + at * tl.cast(stride_gn, tl.int64), row, stride_gn, inside, True, HEAD_DIM, D)
     m, log_l = _load_lse(lse, i, inside, size, BASE_2)
     zeros = tl.zeros([keys.shape[0], QUERIES], tl.float32)
     scores = dot(keys, tl.trans(queries), zeros) * scale
