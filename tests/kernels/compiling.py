@@ -53,6 +53,7 @@ class Request:
     num_warps: int = 4
     num_stages: int = 3
     capability: int = 90  # an H100 or H200
+    enable_fp_fusion: bool = True  # whether a product and a sum may become one instruction, which rounds once
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _compile(request: Request) -> Report:
             attributes[(i,)] = [["tt.divisibility", int(multiple)]]
         signature[argument] = kind
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    options = {name: getattr(request, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     result = triton.compile(source, target=GPUTarget("cuda", request.capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
