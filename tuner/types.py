@@ -154,6 +154,7 @@ class Batch:
     seq_end: Tensor  # [S] int64; where in the row its last token is: the terminator, trained or not
     plan: tuple[Segment, ...]  # the attention plan, on the host
     rows: tuple[tuple[str, int], ...] = ()  # [documents] (source, row) for messages to people
+    sequences: tuple[tuple[int, int], ...] = ()  # [S] seq_doc and seq_branch once more, on the host
     weight_sum: float = 0.0  # sum of weights, worked out on the host
 
     @property
@@ -165,9 +166,17 @@ class Batch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy whose tensors live on `device`; the plan stays on the host."""
+        """A copy whose tensors live on `device`, brought there by one transfer; the plan stays on the host.
+
+        Nothing waits for the transfer: what is queued on the device after it comes after it.
+        """
+        device = torch.device(device)
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if device.type == "cpu" or any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        else:
+            blob = joined(list(tensors.values()), pinned=device.type == "cuda").to(device, non_blocking=True)
+            moved = dict(zip(tensors, parted(blob, list(tensors.values())), strict=True))
         return replace(self, **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:
@@ -269,6 +278,44 @@ class Ranked:
     rewards: Tensor  # [L, K] float32
     lengths: Tensor  # [L] int64; answers in each list, 2 or more; what lies behind them is not read
     margins: Tensor | None = None  # [L]; of the first over the second, in lists of two
+
+
+# --- from the host to the device ---
+
+ALIGNMENT = 16  # bytes; kernels read whole vectors of so many
+
+
+def joined(tensors: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
+    """The bytes of contiguous `tensors` one after another, each from a multiple of ALIGNMENT on: `[bytes]` uint8."""
+    starts, size = _places(tensors)
+    blob = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    room = blob.numpy()  # which copies without waking torch's threads
+    for tensor, start in zip(tensors, starts, strict=True):
+        room[start : start + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
+    return blob
+
+
+def parted(blob: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that `joined` laid into `blob`, as views of it; `like` are tensors of their shapes and dtypes."""
+    return [
+        blob[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(like, _places(like)[0], strict=True)
+    ]
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each of `tensors` begins in a blob of all, and the size of that; in bytes."""
+    starts, size = [], 0
+    for tensor in tensors:
+        starts.append(size)
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return starts, size
+
+
+def on_device(values: Sequence[Any] | np.ndarray, dtype: type[np.generic], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on `device`; `torch.tensor(values, device=...)` would wait for the copy."""
+    tensor = torch.from_numpy(np.asarray(values, dtype=dtype))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def span(ids: Sequence[int] | np.ndarray, trained: bool, weight: float = 1.0) -> Span:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
 from tuner.data.pack import bins, pack, weight_sum
-from tuner.types import Segment, Span, Tokens, span
+from tuner.types import ALIGNMENT, Batch, Segment, Span, Tokens, joined, parted, span
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -189,3 +190,40 @@ def test_to_keeps_the_plan_on_the_host(random_samples: Callable[..., list[Tokens
     moved = batch.to("meta")
     assert moved.input_ids.device.type == "meta"
     assert (moved.plan, moved.rows, moved.weight_sum) == (batch.plan, batch.rows, batch.weight_sum)
+
+
+# --- one transfer a batch ---
+
+
+def a_batch(rows: int) -> Batch:
+    """Chats, pairs without and with a trunk, and weights that are not 1."""
+    rng, samples = np.random.default_rng(rows), []
+    for row in range(rows):
+        ids = [span(rng.integers(24, 300, int(n)), bool(n % 2), 0.25 * n) for n in rng.integers(1, 9, 4)]
+        samples.append(Tokens((ids[0],), ((ids[1],), (ids[2], ids[3])), "rows.jsonl", row))
+    return pack(samples)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+def test_all_tensors_of_a_batch_travel_in_one_piece(rows: int) -> None:
+    batch = a_batch(rows)
+    tensors = {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)}
+    assert len(tensors) == 11
+    blob = joined(list(tensors.values()))
+    assert (
+        blob.dtype == torch.uint8 and blob.nbytes < sum(t.nbytes for t in tensors.values()) + len(tensors) * ALIGNMENT
+    )
+    for (name, tensor), there in zip(tensors.items(), parted(blob, list(tensors.values())), strict=True):
+        assert torch.equal(there, tensor) and there.dtype == tensor.dtype and there.shape == tensor.shape, name
+        assert there.untyped_storage().data_ptr() == blob.data_ptr()
+        assert (there.data_ptr() - blob.data_ptr()) % ALIGNMENT == 0, "kernels read aligned vectors"
+
+
+def test_a_batch_that_stays_on_the_host_is_not_copied() -> None:
+    batch = a_batch(3)
+    assert batch.to("cpu").input_ids.data_ptr() == batch.input_ids.data_ptr()
+
+
+def test_the_host_knows_the_scored_sequences() -> None:
+    batch = a_batch(5)
+    assert batch.sequences == tuple(zip(batch.seq_doc.tolist(), batch.seq_branch.tolist(), strict=True))

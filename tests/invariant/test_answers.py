@@ -24,7 +24,7 @@ from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.stages.judged import Judged, ProbingJudged
 from tuner.stages.pairs import DPO
-from tuner.train.loop import Loop, StepReport, inform
+from tuner.train.loop import Loop, Taken, inform
 from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens, Unpaired, span
 
@@ -354,15 +354,20 @@ def test_two_ranks_learn_the_same_of_a_step(make_model: Callable[..., LlamaForCa
     stage = ProbingJudged(preference.resolve("kto", {}), lambda batch, _: off(batch).detach())
     shares: list[Any] = []
 
+    class Waits(Exception):
+        """The first rank, until the other has its share."""
+
     class Rank(Devices):
         def gather(self, value: Any) -> list[Any]:
             shares.append(value)
-            return shares if self.rank else [value]
+            if self.rank == 0:
+                raise Waits
+            return shares
 
-    for rank in (0, 1):
-        found = inform(stage, policy, samples, 100, Rank(torch.device("cpu"), rank, 2))
-    both, one = found, inform(stage, policy, samples, 100, ALONE)
-    assert all(shares)
+    with pytest.raises(Waits):
+        inform(stage, policy, samples, 100, Rank(torch.device("cpu"), 0, 2))
+    both, one = (inform(stage, policy, samples, 100, d) for d in (Rank(torch.device("cpu"), 1, 2), ALONE))
+    assert all(table and answers for table, answers in shares)
     assert isinstance(both, Judged) and isinstance(one, Judged) and both.mismatched and one.mismatched
     torch.testing.assert_close(both.mismatched.ratio, one.mismatched.ratio)
 
@@ -375,7 +380,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     run(judged, tmp_path / "whole", *extra)
     step, count = Loop.step, [0]
 
-    def stopping(loop: Loop, number: int) -> StepReport:
+    def stopping(loop: Loop, number: int) -> Taken:
         if number == 3 and not count[0]:
             count[0] += 1
             raise KeyboardInterrupt

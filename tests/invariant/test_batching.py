@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tuner import recipe as recipes
 from tuner.stages import sft
-from tuner.train.loop import Loop, Stage
+from tuner.train.loop import Loop, Microbatch
+from tuner.train.stage import Stage
 from tuner.types import Batch, Tokens
 
 STEPS = 20  # Adam magnifies rounding where a gradient is near 0, up to the learning rate: 1e-4 here
@@ -64,9 +65,9 @@ def test_microbatches(
     sizes: list[int] = []
     accumulate = Loop._accumulate
 
-    def counted(loop: Loop, stage: Stage, samples: Sequence[Tokens], *args: Any, **options: Any) -> Tensor:
-        sizes.append(len(samples))
-        return accumulate(loop, stage, samples, *args, **options)
+    def counted(loop: Loop, stage: Stage, part: Microbatch, *args: Any) -> Tensor:
+        sizes.append(len(part.samples))
+        return accumulate(loop, stage, part, *args)
 
     monkeypatch.setattr(Loop, "_accumulate", counted)
     together = whole(kind)

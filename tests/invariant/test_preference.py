@@ -30,7 +30,7 @@ from tuner.stages import pairs as pairs_stage
 from tuner.stages import reference as references
 from tuner.stages.pairs import DPO
 from tuner.stages.reference import KeptLogps
-from tuner.train.loop import Loop, StepReport
+from tuner.train.loop import Loop, Taken
 from tuner.types import Batch, Tokens, span
 
 LN2 = math.log(2)
@@ -308,7 +308,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pref: Path, tmp_path: Path, monk
         run(pref, tmp_path / f"whole-{kind}", *extra)
         step, count = Loop.step, [0]
 
-        def stopping(loop: Loop, number: int, step: Any = step, count: list[int] = count) -> StepReport:
+        def stopping(loop: Loop, number: int, step: Any = step, count: list[int] = count) -> Taken:
             if number == 3 and not count[0]:
                 count[0] += 1
                 raise KeyboardInterrupt

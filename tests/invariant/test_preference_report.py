@@ -25,7 +25,7 @@ from tuner.stages.pairs import DPO
 from tuner.stages.report import preference_report
 from tuner.train import answers as module
 from tuner.train.answers import TOGETHER, Answers, Prompt, choose_prompts
-from tuner.train.loop import Loop, StepReport
+from tuner.train.loop import Loop, Taken
 from tuner.train.setup import Devices
 from tuner.types import Tokens, span
 
@@ -295,7 +295,7 @@ def test_a_resumed_run_prints_the_same(
     printed = without_place(capsys.readouterr().out)
     step, stopped = Loop.step, []
 
-    def stopping(loop: Loop, number: int) -> StepReport:
+    def stopping(loop: Loop, number: int) -> Taken:
         if number == 3 and not stopped:
             stopped.append(number)
             raise KeyboardInterrupt

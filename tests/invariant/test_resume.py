@@ -18,7 +18,6 @@ from tuner.errors import Interrupted
 from tuner.stages import sft
 from tuner.train import session
 from tuner.train.loop import Loop
-from tuner.types import Tokens
 
 STEPS = 12  # four epochs of three
 WALL_CLOCK = ("seconds", "tokens_per_second", "memory_bytes")
@@ -50,11 +49,11 @@ class Cut:
             self._now = (number, -1)
             return step(loop, number)
 
-        def accumulated(loop: Loop, samples: Sequence[Tokens], *args: Any, **options: Any) -> Tensor:
+        def accumulated(loop: Loop, *args: Any) -> Tensor:
             self._now = (self._now[0], self._now[1] + 1)
             if self._now == self.at:
                 signal.raise_signal(signal.SIGTERM)
-            return accumulate(loop, samples, *args, **options)
+            return accumulate(loop, *args)
 
         monkeypatch.setattr(Loop, "step", stepped)
         monkeypatch.setattr(Loop, "_accumulate", accumulated)

@@ -24,7 +24,7 @@ from tuner.model import load
 from tuner.model.reward import RewardModel
 from tuner.stages import prepare, reward, sft
 from tuner.stages.reward import Reward
-from tuner.train.loop import Loop, StepReport
+from tuner.train.loop import Loop, Taken
 from tuner.train.session import Session
 from tuner.types import Batch, Tokens, span
 
@@ -184,7 +184,7 @@ def stop_and_go_on(rank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     run(rank, tmp_path / "whole", *extra)
     step = Loop.step
 
-    def stopping(loop: Loop, number: int) -> StepReport:
+    def stopping(loop: Loop, number: int) -> Taken:
         if number == 3:
             raise KeyboardInterrupt
         return step(loop, number)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tuner.data.pack import weight_sum
 from tuner.data.plan import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
+from tuner.train import loop as module
 from tuner.train.loop import MAX_SKIPS_IN_A_ROW, Loop, Progress, Signals, StepReport, evaluate_loss
 from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens, span
@@ -88,11 +89,12 @@ def chats(answers: Sequence[int] = (1, 3, 17, 30, 2, 5)) -> Samples:
 def loop_of(samples: Samples, policy: nn.Module | None = None, stage: Any = None, **changes: Any) -> Loop:
     policy = policy or Bigram()
     options = {"batch_size": 4, "microbatch_tokens": 32, "num_epochs": 2} | changes
-    settings = {k: options.pop(k) for k in ("on_nan", "max_grad_norm") if k in options}
+    settings = {k: options.pop(k) for k in ("on_nan", "max_grad_norm", "lag", "ahead") if k in options}
+    optimizer = options.pop("optimizer", None)
     return Loop(
         policy=policy,
         module=policy,
-        optimizer=torch.optim.SGD(policy.parameters(), lr=99.0),
+        optimizer=optimizer or torch.optim.SGD(policy.parameters(), lr=99.0),
         schedule=lambda step: 0.5 / (step + 1),
         stage=stage or Nll(),
         samples=samples,
@@ -137,7 +139,7 @@ def test_a_step_is_one_step_over_the_whole_batch(stage: type[Nll]) -> None:
             if stage is TwoTerms:
                 losses["length"] = torch.stack([x.sum() ** 2 for x in logps]).mean()
             (grad,) = torch.autograd.grad(sum(losses.values()), table)  # type: ignore[arg-type]
-            report = loop.step(step)
+            (report,) = loop.read([loop.step(step)])
             assert report.losses == pytest.approx({k: float(v.detach()) for k, v in losses.items()}, rel=1e-6)
             assert report.grad_norm == pytest.approx(float(grad.norm()), rel=1e-5) and grad.norm() > 0.1
             with torch.no_grad():
@@ -216,6 +218,100 @@ def test_a_run_goes_on_from_its_progress() -> None:
     progress = parts.run(Progress(), lambda p, _: p.step < 2)
     progress, _ = run(parts, Progress(**progress.as_dict()))
     assert torch.equal(whole.policy.get_parameter("table"), parts.policy.get_parameter("table"))
+
+
+# --- read late ---
+
+
+def adamw(policy: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.parameters(), lr=99.0, fused=fused)
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_reports_come_late_and_whole(lag: int) -> None:
+    """What is due is told at once; what is told, its losses and the weights at the end are those of reading at once."""
+    seen: list[tuple[int, int]] = []
+    found = []
+    for late in (0, lag):
+        policy = Bigram()
+        loop = loop_of(chats(), policy, num_epochs=5, optimizer=adamw(policy), lag=late, ahead=late > 0)
+        assert loop.lag == late
+        launched: list[int] = []
+        due: list[int] = []
+
+        def after(progress: Progress, report: StepReport, launched: list[int] = launched) -> bool:
+            seen.append((progress.step, launched[-1]))
+            return True
+
+        def is_due(step: int, launched: list[int] = launched, due: list[int] = due) -> bool:
+            launched.append(step)
+            due.append(step)
+            return step in (4, 5)
+
+        seen.clear()
+        progress = loop.run(Progress(), after, is_due)
+        found.append((progress, policy.table.detach().clone()))
+        assert due == list(range(1, 11)) and [step for step, _ in seen] == due
+        if late:
+            assert [at - step for step, at in seen] == ([1, 1, 1, 0, 0, 1, 1, 1, 1, 0] if lag == 1 else LATE_BY_THREE)
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+LATE_BY_THREE = [3, 2, 1, 0, 0, 3, 3, 2, 1, 0]  # steps that are under way when each is told
+
+
+def test_time_is_shared_by_the_steps_that_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 52 and 12 tokens; the device takes a second for each token, and the host none."""
+    policy, clock = Bigram(), [0.0]
+    loop = loop_of(chats(), policy, num_epochs=3, optimizer=adamw(policy), lag=1)
+    read = module.Arriving.read
+    done: dict[int, float] = {}
+
+    def arrive(self: Any) -> Tensor:
+        if id(self) not in done:
+            tokens = sum(len(s) for s in (loop.samples[i] for i in loop.plan.samples(len(done))))
+            done[id(self)] = (list(done.values()) or [0.0])[-1] + tokens
+            kept.append(self)
+        clock[0] = max(clock[0], done[id(self)])
+        return read(self)
+
+    kept: list[Any] = []
+    monkeypatch.setattr(module.Arriving, "read", arrive)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    reports: list[StepReport] = []
+
+    def after(_: Progress, report: StepReport) -> bool:
+        reports.append(report)
+        return True
+
+    loop.run(Progress(), after, lambda step: step == 3)
+    assert [r.tokens / r.seconds for r in reports] == pytest.approx([1.0] * 6)
+    assert sum(r.seconds for r in reports) == clock[0] == sum(r.tokens for r in reports)
+
+
+def test_an_optimizer_that_heeds_no_flag_is_read_at_once() -> None:
+    policy = Bigram()
+    assert loop_of(chats(), policy, lag=1).lag == 0  # plain SGD
+    assert loop_of(chats(), policy, optimizer=adamw(policy, fused=False), lag=1).lag == 0
+    assert loop_of(chats(), policy, optimizer=adamw(policy), lag=1).lag == 1
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("grad_only", [False, True], ids=["loss", "gradient"])
+def test_a_nan_read_late_names_the_same(lag: int, grad_only: bool) -> None:
+    samples = chats((4, 4, 4, 4, 4, 4))
+    samples[1] = replace(samples[1], trunk=(*samples[1].trunk[:1], span([45, 1, 2, 3], True)))
+    policy = Bigram(poison=45, grad_only=grad_only)
+    loop = loop_of(samples, policy, microbatch_tokens=5, num_epochs=3, optimizer=adamw(policy), lag=lag)
+    bad = next(step for step in range(6) if 1 in loop.plan.samples(step))
+    progress = Progress()
+    with pytest.raises(NonFiniteError) as caught:
+        loop.run(progress, lambda *_: True, lambda _: False)
+    assert str(caught.value).startswith(
+        f"step {bad + 1}: {'the gradient (norm nan)' if grad_only else 'the loss'} is not"
+    )
+    assert ("Rows of the step: rows.jsonl line 2. " in str(caught.value)) is not grad_only
+    assert progress.step == bad and torch.isfinite(policy.table).all()
 
 
 # --- evaluation ---

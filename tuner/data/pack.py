@@ -93,6 +93,7 @@ def pack(samples: Sequence[Tokens], multiple: int = 1) -> Batch:
         seq_end=torch.from_numpy((starts + counts)[sequences] - 1),
         plan=plan,
         rows=tuple((s.source, s.row) for s in samples),
+        sequences=tuple(zip(docs[sequences].tolist(), branches[sequences].tolist(), strict=True)),
         weight_sum=float(weights.astype(np.float64).sum()),
     )
 

@@ -88,7 +88,7 @@ def bradley_terry(ranked: Ranked, *, margin_weight: NonNegative = 0.0) -> Tensor
     r = ranked.rewards
     ahead = r[:, :, None] - r[:, None, :]  # [L, K, K]; of answer i over answer j
     if margin_weight:
-        assert ranked.margins is not None and bool((ranked.lengths == 2).all()), "margins go with lists of two"
+        assert ranked.margins is not None and r.shape[1] == 2, "margins go with lists of two"
         ahead = ahead - margin_weight * ranked.margins[:, None, None]
     return mean_over_pairs(ranked, -logsigmoid(ahead))
 

@@ -79,6 +79,9 @@ class Backbone(nn.Module):
             arguments["tuner_at"] = at
         if self.attn_implementation == attention.NAME:
             arguments |= {"tuner_plan": batch.plan, "tuner_attention": self.kernels.attention}
+            # Four dimensions say that the mask is made. Else transformers reads the positions on the host in every
+            # pass to find packed rows, which makes a GPU wait, and then asks our mask function for what is no mask.
+            arguments["attention_mask"] = batch.doc_ids[None, None, None]
         else:
             arguments["attention_mask"] = self._mask(batch)
         with self.autocast():

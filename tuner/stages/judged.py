@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,19 @@ from tuner.losses.measures import ahead, labels_against_length
 from tuner.losses.reward import accuracy
 from tuner.losses.unpaired import kl_estimate, mismatches
 from tuner.stages.pairs import DPO, ROUNDING, mean_logps, scored_tokens
-from tuner.types import Batch, Scored, Span, Tokens, Unpaired
+from tuner.types import Batch, Scored, Span, Tokens, Unpaired, on_device
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the R answers are in a table of two columns, laid one column after the other; and which are good and bad.
+
+    As lists of places, which the host knows, for to ask the device which entries of a mask are set would be to wait.
+    """
+
+    answers: Tensor  # [R]
+    good: Tensor  # [G], of the R
+    bad: Tensor  # [B], of the R
 
 
 @dataclass(frozen=True)
@@ -54,17 +67,22 @@ class Judged(DPO):
 
     def constants(self, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
         """The columns of pairs, then the labels, `[samples, 2]`; where there is no second answer, it has no tokens."""
-        labels = torch.zeros(len(samples), 2)
-        for row, sample in enumerate(samples):
-            labels[row, : len(sample.branches)] = torch.tensor(sample.labels, dtype=torch.float32)
+        labels = [[*map(float, sample.labels), 0.0][:2] for sample in samples]
         found = super().constants(batch, samples)
-        return torch.cat([found, labels.to(found)], dim=1)
+        return torch.cat([found, on_device(labels, np.float32, found.device)], dim=1)
+
+    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
+        places = _listed(batch.sequences, [sample.labels for sample in samples], batch.weights.device)
+        return self._losses(self.scores(policy, batch, samples), self.constants(batch, samples), places)
 
     def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:
-        answers, desirable = self._answers(scores, constants)
+        return self._losses(scores, constants, _found(constants))
+
+    def _losses(self, scores: Tensor, constants: Tensor, places: Places) -> dict[str, Tensor]:
+        answers, desirable = self._answers(scores, constants, places.answers)
         sums = {k: v.sum() for k, v in self.loss(Unpaired(answers, desirable, self.mismatched)).items()}
         ratio = answers.ratio.detach()
-        sums |= {"desirable_reward": ratio[desirable].sum(), "undesirable_reward": ratio[~desirable].sum()}
+        sums |= {"desirable_reward": ratio[places.good].sum(), "undesirable_reward": ratio[places.bad].sum()}
         if self.mismatched is not None:
             sums["kl_estimate"] = kl_estimate(self.mismatched).to(ratio) * len(ratio)
         return sums
@@ -76,8 +94,9 @@ class Judged(DPO):
         data pairs. What needs both kinds is left out where there is one; log-ratios that are all 0 are correlated with
         nothing.
         """
-        answers, desirable = self._answers(scores, constants)
-        good, bad = answers.take(desirable), answers.take(~desirable)
+        places = _found(constants)
+        answers, desirable = self._answers(scores, constants, places.answers)
+        good, bad = answers.take(places.good), answers.take(places.bad)
         kinds = {name: kind for name, kind in (("desirable", good), ("undesirable", bad)) if len(kind.policy)}
         values = {k: value for name, kind in kinds.items() for k, value in mean_logps(name, kind).items()}
         values["reference_loss"] = self._reference_loss(answers, desirable)
@@ -104,12 +123,26 @@ class Judged(DPO):
         counts = self.loss.denominators(len(desirable), float(answers.tokens[desirable].sum()) or 1.0)
         return sum(float(values[term].sum()) / count for term, count in counts.items())
 
-    def _answers(self, scores: Tensor, constants: Tensor) -> tuple[Scored, Tensor]:
-        """Every answer of the table, and whether it is a good one: `[R]` each."""
+    def _answers(self, scores: Tensor, constants: Tensor, places: Tensor) -> tuple[Scored, Tensor]:
+        """The answers at `places` of the table, and whether each is a good one: `[R]` each."""
         pairs = self._pairs(scores, constants[:, :-2])
-        both = Scored.cat([pairs.chosen, pairs.rejected])
-        present = both.tokens > 0
-        return both.take(present), torch.cat([*constants[:, -2:].split(1, dim=1)]).flatten()[present] > 0
+        labels = torch.cat([*constants[:, -2:].split(1, dim=1)]).flatten()
+        return Scored.cat([pairs.chosen, pairs.rejected]).take(places), labels[places] > 0
+
+
+def _listed(answers: Sequence[tuple[int, int]], labels: Sequence[Sequence[bool]], device: torch.device) -> Places:
+    """The places of scored answers (row, branch) of a table of rows with such labels."""
+    places = sorted(((branch - 1) * len(labels) + row, labels[row][branch - 1]) for row, branch in answers)
+    kinds = [[i for i, (_, label) in enumerate(places) if label is kind] for kind in (True, False)]
+    return Places(*(on_device(found, np.int64, device) for found in ([place for place, _ in places], *kinds)))
+
+
+def _found(constants: Tensor) -> Places:
+    """The same by looking at a table: an answer that is not there has no tokens."""
+    tokens, labels = ([*columns.split(1, dim=1)] for columns in (constants[:, :2], constants[:, -2:]))
+    answers = torch.cat(tokens).flatten().nonzero()[:, 0]
+    good = torch.cat(labels).flatten()[answers] > 0
+    return Places(answers, good.nonzero()[:, 0], (~good).nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
@@ -128,11 +161,12 @@ class ProbingJudged(Judged):
         # a probe has no label, and a score only because an answer has one
         return [replace(whole[n], branches=tuple(answers), scores=(0.0,)) for n, answers in dealt.items()]
 
-    def informed(self, scores: Tensor, constants: Tensor) -> Judged:
+    def informed(self, scores: Tensor, constants: Tensor, answers: Sequence[tuple[int, int]]) -> Judged:
         if not len(scores):
             nothing = torch.empty(0)
             return replace(self, mismatched=Scored(nothing, nothing, nothing))
-        return replace(self, mismatched=self._answers(scores, constants)[0])
+        places = _listed(answers, [(False, False)] * len(scores), scores.device)
+        return replace(self, mismatched=self._answers(scores, constants, places.answers)[0])
 
 
 def _head(spans: Sequence[Span], length: int) -> tuple[Span, ...]:

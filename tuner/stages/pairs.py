@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from tuner.losses.bound import Bound
 from tuner.losses.measures import against_length
 from tuner.losses.reward import accuracy
 from tuner.stages.reference import ReferenceLogps
-from tuner.types import Batch, Pairs, Scored, Span, Tokens
+from tuner.types import Batch, Pairs, Scored, Span, Tokens, on_device
 
 CHOSEN, REJECTED = 0, 1  # branches of a pair
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -54,7 +55,8 @@ class DPO:
     def scores(self, policy: Callable[..., Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
         """What the loss reads of the policy, `[samples, 2]` for each name of `_learned`."""
         collided = "collision" in self._learned
-        found = (policy(batch, collision=True) if collided else policy(batch)[None]) * batch.weights  # [1 or 2, M]
+        found = policy(batch, measures=("collision",)) if collided else policy(batch)[None]
+        found = found * batch.weights  # [1 or 2, M]
         columns = [_table(batch, found[0], len(samples))]
         if "shared" in self._learned:
             columns.append(_table(batch, found[0] * _within_shorter(batch, len(samples)), len(samples)))
@@ -72,7 +74,8 @@ class DPO:
             if "shared_reference" in self._given:
                 columns.append(_table(batch, logps * _within_shorter(batch, len(samples)), len(samples)))
         if "margins" in self.loss.needs:
-            columns.append(torch.tensor([[s.scores[CHOSEN] - s.scores[REJECTED]] for s in samples]).to(columns[0]))
+            margins = [[s.scores[CHOSEN] - s.scores[REJECTED]] for s in samples]
+            columns.append(on_device(margins, np.float32, columns[0].device))
         return torch.cat(columns, dim=1)
 
     def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:

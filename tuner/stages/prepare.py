@@ -57,17 +57,17 @@ from tuner.recipe import PREFERENCE, Recipe
 from tuner.stages.result import quantization, save_result
 from tuner.stages.rows import accepted
 from tuner.train.answers import Answers
-from tuner.train.loop import Stage
+from tuner.train.memory import Choice, microbatch
 from tuner.train.metrics import tracker_classes
 from tuner.train.phases import Phases
 from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
     find_devices,
-    resolve_microbatch,
     resolve_threads,
     seed_everything,
 )
+from tuner.train.stage import Stage
 
 AUTOMATIC = (
     "model.revision",
@@ -99,6 +99,7 @@ class Machine:
     recipe: Recipe
     devices: Devices
     backends: str  # what attention and the other operations run on, and why, for people
+    microbatch: Choice
     phases: Phases
 
 
@@ -125,12 +126,11 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
             "model.dtype": str(dtype).removeprefix("torch."),
             "model.attn_implementation": attention,
             "model.kernels": backend,
-            "train.microbatch_tokens": resolve_microbatch(
-                train.microbatch_tokens, devices.device, recipe.data.max_length
-            ),
             "train.threads": threads,
         },
     )
+    choice = microbatch(recipe, devices)
+    recipe = recipes.resolved(recipe, {"train.microbatch_tokens": choice.tokens})
     if recipe.adapter is None and train.param_dtype == "bfloat16" != recipe.model.dtype:
         raise RecipeError(
             f"train.param_dtype: weights stored in bfloat16 cannot be computed with in {recipe.model.dtype}; set "
@@ -139,7 +139,8 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
     torch.set_num_threads(threads)
     seed_everything(train.seed)
     phases.begin("data")
-    return Machine(recipe, devices, f"attention {attention} ({why_attention}); kernels {backend} ({why})", phases)
+    backends = f"attention {attention} ({why_attention}); kernels {backend} ({why})"
+    return Machine(recipe, devices, backends, choice, phases)
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
@@ -259,7 +260,7 @@ def check_data(recipe: Recipe) -> CheckReport:
         data,
         train,
         load_tokenizer(recipe.model.name_or_path, recipe.model.revision),
-        microbatch_tokens=resolve_microbatch(train.microbatch_tokens, devices.device, data.max_length),
+        microbatch_tokens=microbatch(recipe, devices).tokens,
         world_size=devices.world_size,
         accepts=accepts,
         fit=fit,
@@ -422,12 +423,13 @@ def load_model(
         needed = {"embed_tokens"} if reward else {"embed_tokens", "lm_head"}
         _check_slots(data.template, full or needed <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
-    if recipe.train.activation_checkpointing:
+    checkpointing = recipe.train.activation_checkpointing
+    if checkpointing is True:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
     functions = kernels.load(model.kernels, model.attn_implementation)
-    fuse(lm, functions)
+    fuse(lm, functions, selective=checkpointing == "selective")
     policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
@@ -438,6 +440,7 @@ def load_model(
     seed_everything(recipe.train.seed + machine.devices.rank)
     if machine.devices.is_main:
         _print_model(recipe, policy, machine.backends, console)
+        console.print(f"microbatch  {machine.microbatch.tokens:,} tokens: {machine.microbatch.why}")
     return Model(policy, lambda run: save_result(run, recipe, data, lm, stored_dtype, base_sha256))
 
 

@@ -26,7 +26,7 @@ from tuner.model.reference import Reference
 from tuner.recipe import ModelSection, Recipe
 from tuner.stages.result import quantization
 from tuner.train.loop import ROW_MULTIPLE
-from tuner.types import Batch, Tokens
+from tuner.types import Batch, Tokens, on_device
 
 if TYPE_CHECKING:
     from tuner.stages.prepare import Data, Machine
@@ -152,7 +152,7 @@ class KeptLogps:
     def __call__(self, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
         """`[M]`: the predictions of a batch lie document by document, and in a document as they were worked out."""
         values = np.concatenate([self.logps[key_of(sample)] for sample in samples])
-        return torch.from_numpy(values).to(self.device)
+        return on_device(values, np.float32, self.device)
 
 
 def key_of(sample: Tokens) -> str:

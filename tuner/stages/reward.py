@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -19,7 +20,7 @@ from tuner.model.reward import RewardModel
 from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.stages.rows import fit_of
-from tuner.types import Batch, Ranked, Tokens
+from tuner.types import Batch, Ranked, Tokens, on_device
 
 METRICS = ("accuracy", "margin", "reward")
 FEW_MARGINS = 5  # up to so many different ones each have a bucket of their own
@@ -62,7 +63,7 @@ class Reward:
         """`[samples, 2 + width]`: answers of each list, its margin (NaN without one), tokens of each answer."""
         behind = [[0] * (self.width - len(sample.branches)) for sample in samples]
         rows = [[len(s.branches), _margin(s), *_tokens(s), *b] for s, b in zip(samples, behind, strict=True)]
-        return torch.tensor(rows, dtype=torch.float32, device=batch.weights.device)
+        return on_device(rows, np.float32, batch.weights.device)
 
     def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:
         ranked = self._ranked(scores, constants)

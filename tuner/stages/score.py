@@ -31,7 +31,7 @@ from tuner.model.reward import RewardModel
 from tuner.recipe import DataSection, DataSource, Scoring
 from tuner.stages.reward import measure
 from tuner.stages.sample import Subject, find_subject, load_subject, prepare_output, write_rows
-from tuner.train.setup import resolve_microbatch
+from tuner.train.memory import largest, scoring, total_memory
 from tuner.types import ANSWERS, Example, Ranked, Tokens
 
 READS = ("model.dtype", "data.format", "data.columns", "data.max_length", "data.overlong", "data.on_bad_row")
@@ -230,8 +230,9 @@ def _score(subject: Subject, settings: Scoring, rows: Sequence[Row]) -> Scores:
     """Loads the model, and lets go of it afterwards."""
     subject = Subject(settings.model, subject.adapter, subject.chat_template, subject.tokenizer, subject.recipe)
     model = load_subject(subject, RewardModel)
-    capacity = resolve_microbatch("auto", model.device, settings.data.max_length)
-    return Scores(rows, rewards(model, [row.tokens for row in rows], capacity))
+    footprint = scoring(model.inner.config, model.compute_dtype)
+    choice = largest(footprint, total_memory(model.device), model.device.type, settings.data.max_length)
+    return Scores(rows, rewards(model, [row.tokens for row in rows], choice.tokens))
 
 
 def rewards(model: RewardModel, samples: Sequence[Tokens], capacity: int) -> list[Tensor]:

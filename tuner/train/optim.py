@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.model import quantize
 
@@ -66,6 +66,34 @@ def schedule(train: TrainSection, num_steps: int) -> Callable[[int], float]:
         return peak * (floor + (1.0 - floor) * shape((step - warmup) / max(1, num_steps - warmup)))
 
     return at
+
+
+def heeds_flags(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves its update out where its `found_inf` is 1, a flag that lies on the device.
+
+    torch's fused ones do, so that gradient scalers need not wait for the device; those of bitsandbytes do not.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+class Guard:
+    """Keeps what is not finite away from the weights without asking the host: the update of such a step is left out,
+    and after `patience` of them in a row all that follow, so that the weights stay those of the last finite step.
+
+    Args:
+        in_a_row: how many there were before.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, patience: int, in_a_row: int, device: torch.device) -> None:
+        self._optimizer, self._patience = optimizer, patience
+        self._in_a_row = torch.full((), float(in_a_row), device=device)
+        self._ended = torch.zeros((), dtype=torch.bool, device=device)
+
+    def hold(self, finite: Tensor) -> None:
+        """Says whether the next update is one to leave out; `finite` is a boolean scalar on the device."""
+        self._in_a_row = torch.where(finite, 0.0, self._in_a_row + 1)
+        self._ended = self._ended | (self._in_a_row >= self._patience)
+        self._optimizer.found_inf = (self._ended | ~finite).float()  # type: ignore[attr-defined]
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

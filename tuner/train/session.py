@@ -29,15 +29,17 @@ from tuner.model.load import padding_id
 from tuner.model.policy import Policy
 from tuner.recipe import GenerateSection, Recipe
 from tuner.train.answers import Answers
-from tuner.train.loop import Loop, Progress, Signals, Stage, StepReport, evaluate_loss
+from tuner.train.loop import LAG, Loop, Progress, Signals, StepReport, evaluate_loss
 from tuner.train.metrics import Metrics, start_trackers
 from tuner.train.optim import build_optimizer, parameter_groups, schedule
 from tuner.train.phases import Phases
 from tuner.train.setup import Devices, wrap
+from tuner.train.stage import Stage
 from tuner.types import Tokens
 
 GREEDY = GenerateSection(temperature=0.0)  # a question has one right answer
 OPTIMIZER_BYTES = 8  # AdamW keeps two fp32 moments a parameter
+ASK_EVERY = 8  # steps after which ranks that do not wait for their devices ask each other about signals
 
 
 @dataclass
@@ -74,9 +76,11 @@ class Session:
             devices=self.devices,
             max_grad_norm=train.max_grad_norm,
             on_nan=train.on_nan,
+            lag=LAG[self.devices.device.type],
+            ahead=LAG[self.devices.device.type] > 0,
         )
         self.signals = Signals()
-        self._saved_step = -1
+        self._saved_step = self._due_step = -1
 
     # --- the run ---
 
@@ -121,16 +125,28 @@ class Session:
         self._stop_if_told()
         self.metrics.start(self.progress.step)
         if self._measure(self.progress.step):  # which a signal may have cut short, or which may have ended the run
-            self.loop.run(self.progress, self._after_step)
+            self.loop.run(self.progress, self._after_step, self._due)
         self.metrics.stop()
 
+    def _due(self, step: int) -> bool:
+        """Whether something is to be done with the weights of `step`: save them, evaluate them, or stop there."""
+        every, asks = self.recipe.eval.steps, self.devices.world_size == 1 or not self.loop.lag or step % ASK_EVERY == 0
+        told = self.devices.agree(self.signals.received) if asks else 0
+        if told or self._saves(step) or (every and step % every == 0):
+            self._due_step = step
+        return self._due_step == step
+
+    def _saves(self, step: int) -> bool:
+        return step % (self.recipe.log.save_steps or self.plan.steps_per_epoch) == 0 or step == self.plan.num_steps
+
     def _after_step(self, progress: Progress, report: StepReport) -> bool:
-        step, log = progress.step, self.recipe.log
+        step = progress.step
         self.metrics.step(step, report)
+        if step != self._due_step:
+            return True
         go_on = self._measure(step)
         self._stop_if_told()
-        last = step == self.plan.num_steps
-        if step % (log.save_steps or self.plan.steps_per_epoch) == 0 or last or not go_on:
+        if self._saves(step) or not go_on:
             with self.phases.during("saving"):
                 self._publish()
         return go_on
@@ -205,6 +221,7 @@ class Session:
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
             parts += [f"accuracy {values['eval_accuracy']:.1%}"] if "eval_accuracy" in values else []
+            parts += [f"{values['eval_token_accuracy']:.1%} of tokens right"] if "eval_token_accuracy" in values else []
             parts += [f"KL to the reference {values['eval_kl']:.3f}"] if "eval_kl" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}")

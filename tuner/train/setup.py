@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
-MICROBATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Devices:
         value = torch.tensor([number], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
+
+    def for_gather(self, values: Tensor) -> Tensor:
+        """`values` where `gather` takes them from: on the host, if there are other ranks to send them to."""
+        return values.cpu() if self.world_size > 1 else values
 
     def gather(self, value: T) -> list[T]:
         """The `value` of every rank, by rank."""
@@ -78,11 +81,6 @@ def resolve_threads(threads: str | int, world_size: int) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # it may list a number for each level
     return int(asked) if asked.isdigit() and int(asked) else max(1, usable_cores() // max(1, local))
-
-
-def resolve_microbatch(tokens: str | int, device: torch.device, max_length: int) -> int:
-    """`auto` -> a size that keeps the device busy, by its kind alone: never by timing or by free memory."""
-    return max(MICROBATCH_TOKENS[device.type], max_length) if tokens == "auto" else int(tokens)
 
 
 def seed_everything(seed: int) -> None:
