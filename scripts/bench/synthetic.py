@@ -29,7 +29,7 @@ from tuner.data.plan import Plan
 from tuner.model.fuse import fuse
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
-from tuner.train.loop import ROW_MULTIPLE, Loop
+from tuner.train.loop import LAG, ROW_MULTIPLE, Loop, Progress, StepReport
 from tuner.train.optim import clip
 from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens, span
@@ -231,24 +231,28 @@ def steps(
     loop = Loop(
         policy=policy, module=policy, optimizer=torch.optim.AdamW(trained, lr=RATE, fused=True),
         schedule=lambda _: RATE, stage=stage, samples=samples, plan=plan, devices=Devices(device, 0, 1),
+        lag=LAG[device.type], ahead=LAG[device.type] > 0,
     )  # fmt: skip
     before = held_bytes(device)
     reset_peak(device)
-    reports, times = [], []
-    for step in range(warm_up + count):
-        synchronize(device)
-        started = time.perf_counter()
-        reports.append(loop.step(step))
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    total, counted = sum(times[warm_up:]), range(warm_up, warm_up + count)
-    tokens = sum(len(samples[i]) for step in counted for i in plan.samples(step))
+    losses, times = list[float](), [time.perf_counter()]
+
+    def after(progress: Progress, report: StepReport) -> bool:
+        losses.append(float(next(iter(report.losses.values()))))
+        if progress.step in (warm_up, warm_up + count):
+            synchronize(device)
+            times.append(time.perf_counter())
+        return True
+
+    loop.run(Progress(), after, lambda step: step in (warm_up, warm_up + count))
+    started, ended = times[-2:]
+    counted = [i for step in range(warm_up, warm_up + count) for i in plan.samples(step)]
     return {
-        "tokens_per_second": tokens / total,
-        "samples_per_second": sum(len(plan.samples(step)) for step in counted) / total,
-        "step_seconds": statistics.median(times[warm_up:]),
-        "warm_up_seconds": sum(times[:warm_up]),
-        "first_losses": [float(next(iter(report.losses.values()))) for report in reports[:3]],
+        "tokens_per_second": sum(len(samples[i]) for i in counted) / (ended - started),
+        "samples_per_second": len(counted) / (ended - started),
+        "step_seconds": (ended - started) / count,
+        "warm_up_seconds": started - times[0],
+        "first_losses": losses[:3],
         **memory(device, before),
     }
 
