@@ -87,11 +87,11 @@ def ideal_sharing(pairs: Sequence[Tokens]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is trained: `lora`, `qlora` or `full`, on a backend, with or without checkpointing."""
+    """How a model is trained: `lora`, `qlora` or `full`, on a backend, with what the recipe calls checkpointing."""
 
     trains: str = "lora"
     backend: str = "auto"
-    checkpointing: bool = False
+    checkpointing: bool | str = False  # or `selective`
 
 
 def random_llama(
@@ -143,12 +143,12 @@ def make_policy(shape: Shape, method: Method, device: torch.device, dtype: torch
     """The policy that `tuner` would train: adapter, fused modules, kernels and attention of its backend."""
     lm = random_llama(shape, device, dtype, positions, method.trains)
     model = lm if method.trains == "full" else adapted(lm)
-    if method.checkpointing:
+    if method.checkpointing is True:
         _checkpoint(lm)
     backend, _ = kernels.resolve_backend(method.backend, device)
     attention, _ = kernels.resolve_attention("auto", device, dtype, backend)
     functions = kernels.load(backend, attention)
-    fuse(model, functions)
+    fuse(model, functions, selective=method.checkpointing == "selective")
     return Policy(model, compute_dtype=dtype, kernels=functions, attn_implementation=attention)
 
 
