@@ -512,8 +512,8 @@ def _sentence(error: BaseException) -> tuple[str, int]:
     if isinstance(error, TunerError):
         return str(error), error.exit_code
     if _out_of_memory(error):
-        remedy = "lower train.microbatch_tokens, then data.max_length, or set train.activation_checkpointing: true"
-        return f"out of memory; {remedy}", 1
+        remedy = "set train.activation_checkpointing: selective, or true, or lower data.max_length"
+        return f"out of memory; lower train.microbatch_tokens; if that is not enough, {remedy}", 1
     if isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl")):
         return f"rank {os.environ.get('RANK', '?')} lost the others; the rank that ended first says why", 1
     if isinstance(error, OSError) and error.strerror:

@@ -1,36 +1,44 @@
-"""Times one step of a reward model, tuner against TRL: same pairs, model and adapter, in one interleaved run.
+"""Times a reward model of tuner against TRL at its defaults and at its best: same pairs, model and adapter, in turns.
 
-    python scripts/bench/reward.py --data my_pairs.jsonl [--repeats 5] [--json result.json]
+    python scripts/bench/reward.py --data my_pairs.jsonl
 
 Set up as `pairs.py` says, over a classifier of one label; pairs longer than 1,024 tokens are left out on both sides,
-since TRL would leave them out. TRL at the settings that were quickest on a CPU: bf16 weights, no gradient
-checkpointing, and the quickest of 1, 2 and 4 pairs at a time, of which each is tried first in a process of its own.
+since TRL would leave them out. TRL's defaults are what `RewardConfig` gives, with 8 pairs at once; at its best it has
+bf16 weights, no checkpointing, and the quickest of 1, 2, 4 and 8 pairs at a time, each tried first.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
+import models
 import pairs
-import sft
+import workplace
+from common import Side
 
-BATCHES = (1, 2, 4)  # pairs at a time, of TRL
+TRL: dict[str, dict[str, Any]] = {
+    "trl-default": pairs.trl_settings(None),
+    **{f"trl-{batch}": pairs.trl_settings(batch) for batch in pairs.BATCHES},
+}
 
 
-def run_trl(work: Path, steps: int, batch: int) -> dict[str, Any]:
+def run_trl(work: Path, steps: int, side: str, parity: bool) -> dict[str, Any]:
     """TRL's RewardTrainer."""
     from peft import LoraConfig
     from trl import RewardConfig, RewardTrainer
 
-    config = RewardConfig(**pairs.trl_settings(work, steps, batch))
-    lora = LoraConfig(r=sft.RANK, lora_alpha=sft.ALPHA, target_modules="all-linear", task_type="SEQ_CLS")
-    data = pairs.trl_data(work)
+    config = RewardConfig(**workplace.trl_config(work, steps, TRL[side]))
+    lora = LoraConfig(
+        r=workplace.RANK, lora_alpha=workplace.ALPHA, target_modules="all-linear", task_type="SEQ_CLS"
+    )  # fmt: skip
+    data = pairs.trl_data(work, parity)
     trainer = RewardTrainer(model=str(work / "model"), args=config, train_dataset=data, peft_config=lora)
     assert len(trainer.train_dataset) == len(data), "TRL has left pairs out"
-    return pairs.time_trl(trainer)
+    clock = workplace.run_trl(trainer, fp32_adapters=side != "trl-default")
+    return clock.result(0 if parity else pairs.WARM_UP, pairs=pairs.PAIRS)
 
 
 def make_classifier(directory: Path) -> None:
@@ -56,24 +64,38 @@ def fitting(found: Sequence[dict[str, Any]], model: Path) -> list[dict[str, Any]
 
 
 def main() -> None:
-    parser = pairs.arguments(str(__doc__), ["tuner", *(f"trl-{batch}" for batch in BATCHES)])
-    args = parser.parse_args()
+    args = pairs.arguments(str(__doc__), ["tuner", *TRL]).parse_args()
     if args.side == "tuner":
-        print("\n" + json.dumps(pairs.run_recipe(args.work, "reward", args.steps, "loss: {type: bradley_terry}")))
+        loss = {"loss": {"type": "bradley_terry"}}
+        common.answer(pairs.run_ours(args.work, "reward", args.steps, args.parity, loss))
     elif args.side:
-        print("\n" + json.dumps(run_trl(args.work, args.steps, int(args.side.removeprefix("trl-")))))
+        common.answer(run_trl(args.work, args.steps, args.side, args.parity))
     if args.side:
         return
     found = pairs.usable(args.data, limit=600)
-    with pairs.workplace(found) as work:
+    with pairs.prepared(found, models.SHAPES[args.model]) as work:
         make_classifier(work / "model")
         pairs.write_pairs(work, fitting(found, work / "model"), args.steps)
-        tried = {f"trl-{batch}": pairs.child(__file__, f"trl-{batch}", work, args.steps) for batch in BATCHES}
-        best = max(tried, key=lambda side: tried[side]["pairs_per_second"])
-        rates = ", ".join(f"{side[4:]}: {result['pairs_per_second']:.2f}" for side, result in tried.items())
-        print(f"TRL by pairs at a time (pairs/s): {rates}", flush=True)
-        results = pairs.take_turns(__file__, ["tuner", best], work, args.repeats, args.steps)
-    pairs.report(results, args.json)
+        arguments = ["--work", str(work), "--steps", str(args.steps)]
+        trl = {side: Side(settings, args.trl_environment) for side, settings in TRL.items()}
+        candidates = {side: how for side, how in trl.items() if side != "trl-default"}
+        best, tried = workplace.quickest(__file__, candidates, arguments, "pairs_per_second")
+        sides = {"tuner": Side(), "trl-default": trl["trl-default"], best: trl[best]}
+        turns = common.take_turns(__file__, sides, arguments, args.repeats, "pairs_per_second")
+        few = ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)]
+        losses = workplace.parity(__file__, sides, turns, few)
+    one = common.case(
+        "reward model, LoRA",
+        "pairs_per_second",
+        sides,
+        turns.runs,
+        settings=pairs.settings(args, tried),
+        against=best,
+        parity=losses,
+        notes=["weights and score head are random; parity is on one batch of 8 pairs, three steps", *turns.notes],
+    )
+    common.show(one)
+    common.write("reward", [one], args.output)
 
 
 if __name__ == "__main__":

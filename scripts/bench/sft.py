@@ -1,171 +1,120 @@
-"""Times one SFT step of tuner against TRL on the same machine, model, data and tokens, in one interleaved run.
+"""Times SFT of tuner against TRL at its defaults and at its best: same machine, model, data and tokens, in turns.
 
-    python scripts/bench/sft.py                          # bundled chats
-    python scripts/bench/sft.py --data my.jsonl --json result.json
+    python scripts/bench/sft.py                          # bundled chats; --data FILE for others
+    python scripts/bench/sft.py --ladder                 # also what each of our ideas brings, one after another
 
-Both sides train LoRA (r=16 on every linear) over a random 56 M-parameter Llama (hidden 512, 8 layers, 8 heads, 4 KV
-heads, vocabulary 32,000) with about 1,000 tokens an optimizer step, bf16 compute and fp32 adapters; TRL at its best
-CPU settings: bf16 weights, no gradient checkpointing, packing (bfd) into rows of 512, two rows a step. Every repeat
-is a fresh process, the sides take turns, and the first steps are not counted. Then the floor: the matmuls that a step
-cannot do without, at the rate measured for these very shapes; and a profile of where our step's time goes.
+Both sides train LoRA over a random 56 M-parameter Llama with about 1,000 tokens an optimizer step, as `workplace.py`
+says. TRL's defaults are what `SFTConfig` gives: batches of 8 padded chats, gradient checkpointing, fp32 weights. At its
+best it has bf16 weights and no checkpointing, and is the quickest of three ways to batch, each tried first. Then the
+floor of `floor.py`, and a profile of where our step goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, INTERMEDIATE = 512, 8, 8, 4, 32_000, 1_408
-RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
-ROW, ROWS = 512, 2  # TRL's packed rows; ROW * ROWS tokens a step on both sides
+import common
+import models
+import workplace
+from common import Side
+
+ROW, TOKENS, LEARNING_RATE = 512, 1_024, 2e-4
 WARM_UP = 4  # steps not counted
-CONTROL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|finetune_right_pad_id|>",
-)  # fmt: skip
 
-# --- what both sides share ---
-
-
-def read_pairs(path: Path, limit: int) -> list[dict[str, str]]:
-    """Rows of `question`/`answer`, `prompt`/`completion`, or the first exchange of `messages`."""
-    pairs = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if "messages" in row:
-                turns = [m for m in row["messages"] if m["role"] != "system"]
-                pairs.append({"prompt": turns[0]["content"], "completion": turns[1]["content"]})
-            else:
-                keys = ("question", "answer") if "question" in row else ("prompt", "completion")
-                pairs.append({"prompt": row[keys[0]], "completion": row[keys[1]]})
-            if len(pairs) == limit:
-                break
-    return pairs
+# Each rung takes up one more idea; what is left out is taken away through a knob of the recipe, or by `_without`.
+LADDER: dict[str, dict[str, Any]] = {
+    "one-at-a-time": {"packing": False, "attention": "sdpa", "without": ("answers", "lora", "modules")},
+    "packed": {"packing": True, "attention": "sdpa", "without": ("answers", "lora", "modules")},
+    "by-document": {"packing": True, "attention": "auto", "without": ("answers", "lora", "modules")},
+    "answers-only": {"packing": True, "attention": "auto", "without": ("lora", "modules")},
+    "fused-lora": {"packing": True, "attention": "auto", "without": ("modules",)},
+    "tuner": {"packing": True, "attention": "auto", "without": ()},
+}
+TRL: dict[str, dict[str, Any]] = {
+    "trl-default": {},
+    "trl-2x512": workplace.BEST | {"packing": True, "per_device_train_batch_size": 2, "max_length": 512},
+    "trl-1x1024": workplace.BEST | {"packing": True, "per_device_train_batch_size": 1, "max_length": 1024},
+    "trl-8-padded": workplace.BEST | {"per_device_train_batch_size": 8},
+}
 
 
-def make_model(directory: Path, pairs: Iterable[dict[str, str]]) -> None:
-    """The random Llama and a byte-level BPE tokenizer trained on the data."""
+# --- our side ---
+
+
+def run_tuner(work: Path, steps: int, rung: str, parity: bool, profiled: bool = False) -> dict[str, Any]:
+    """Our side through its recipe, with the ideas of a rung."""
+    how = LADDER[rung]
+    _without(how["without"])
+    changes = {
+        "model": {"attn_implementation": how["attention"]},
+        "data": {"max_length": ROW, "packing": how["packing"]},
+        "train": {"batch_unit": "tokens", "batch_size": TOKENS, "learning_rate": LEARNING_RATE},
+    }
+    if parity:
+        changes["train"] |= {"batch_unit": "examples", "batch_size": workplace.PARITY_ROWS}
+    recipe = workplace.recipe_of(work, "parity.jsonl" if parity else "data.jsonl", steps, changes)
+    if profiled:
+        return {"profile": _profiled(lambda: workplace.run_recipe(work, "sft", recipe), steps)}
+    clock = workplace.run_recipe(work, "sft", recipe)
+    return clock.result(0 if parity else WARM_UP)
+
+
+def _without(ideas: tuple[str, ...]) -> None:
+    """Takes ideas away, before anything has taken hold of them: the tables of fused modules, and what is scored."""
+    if "answers" in ideas:
+        from tuner.data import pack
+
+        pack.pack = _all_scored(pack.pack)
+    from tuner.model import fuse
+
+    kinds = {"lora": ("lora", "Linear4bit"), "modules": ("RMSNorm", "Attention", "MLP", "DecoderLayer")}
+    taken = [mark for idea in ideas for mark in kinds.get(idea, ())]
+    for table in (fuse.FUSED, fuse.LAST):
+        for original in list(table):
+            if any(mark in f"{original.__module__}.{original.__name__}" for mark in taken):
+                del table[original]
+
+
+def _all_scored(pack: Callable[..., Any]) -> Callable[..., Any]:
+    """The batch of one who scores every position, and gives those that are no answer the weight 0."""
+    from dataclasses import replace
+
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from tuner.data.templates import TEMPLATES
+    def packed(samples: Any, multiple: int = 1) -> Any:
+        batch = pack(samples, multiple)
+        at = torch.arange(batch.num_tokens - 1)
+        weights = torch.zeros(batch.num_tokens).index_put((batch.predict_at,), batch.weights)[:-1]
+        sequence = torch.zeros(batch.num_tokens, dtype=torch.long).index_put((batch.predict_at,), batch.seq_ids)[:-1]
+        return replace(batch, predict_at=at, targets=batch.input_ids[1:], weights=weights, seq_ids=sequence)
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=list(CONTROL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator((text for pair in pairs for text in pair.values()), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=CONTROL[0], eos_token="<|eot_id|>", pad_token=CONTROL[-1]
-    )
-    tokenizer.chat_template = TEMPLATES["llama3"].jinja  # TRL renders with it; ours gives the same ids
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=4096, bos_token_id=0,
-        eos_token_id=4, pad_token_id=5, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    return packed
 
 
-class Clock:
-    """Wall-clock time and tokens of every step, and the losses of the first two."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-        self.tokens: list[int] = []
-        self.trained: list[int] = []
-        self.losses: list[float] = []
-
-    def result(self) -> dict[str, Any]:
-        steps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)][WARM_UP:]
-        rates = [n / t for n, t in zip(self.tokens[WARM_UP:], steps, strict=False)]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "tokens_per_second": statistics.median(rates),
-            "tokens_per_step": statistics.mean(self.tokens[WARM_UP:]),
-            "trained_share": sum(self.trained) / sum(self.tokens),
-            "step_seconds": statistics.median(steps),
-            "peak_memory_bytes": peak,
-            "first_losses": self.losses[:2],
-        }
-
-
-# --- one side, in a process of its own ---
-
-
-def run_tuner(work: Path, steps: int, profile: bool) -> dict[str, Any]:
-    """Our side, through the same recipe and stage as the command line."""
-    from tuner import recipe as recipes
-    from tuner.stages import sft
-    from tuner.train import loop, metrics
-
-    recipe = work / "recipe.yaml"
-    recipe.write_text(
-        f"model: {{name_or_path: {work / 'model'}, dtype: bfloat16}}\n"
-        f"adapter: {{r: {RANK}, lora_alpha: {ALPHA}}}\n"
-        f"data: {{train: {work / 'data.jsonl'}, chat_template: llama3, max_length: {ROW}, overlong: truncate}}\n"
-        f"train: {{output_dir: {work / f'run-{os.getpid()}'}, batch_unit: tokens, batch_size: {ROW * ROWS},\n"
-        f"        learning_rate: {LEARNING_RATE}, lr_scheduler_type: constant, warmup_steps: 0, max_steps: {steps}}}\n"
-        f"log: {{save_steps: {10 * steps}}}\n"
-    )
-    clock, note = Clock(), metrics.Metrics.step
-
-    def timed(self: metrics.Metrics, step: int, report: loop.StepReport) -> None:
-        clock.times.append(time.perf_counter())
-        clock.tokens.append(report.tokens)
-        clock.trained.append(int(report.trained_tokens))
-        clock.losses.append(report.losses["nll"])
-        note(self, step, report)
-
-    def first(self: metrics.Metrics, step: int) -> None:
-        clock.times[0] = time.perf_counter()
-        start(self, step)
-
-    start = metrics.Metrics.start
-    metrics.Metrics.step, metrics.Metrics.start = timed, first  # type: ignore[method-assign]
-    if profile:
-        return {"profile": _profiled(loop, lambda: sft.run(recipes.load(recipe, stage="sft")), steps)}
-    sft.run(recipes.load(recipe, stage="sft"))
-    return clock.result()
-
-
-def _profiled(loop: Any, run: Callable[[], object], steps: int) -> dict[str, float]:
+def _profiled(run: Callable[[], object], steps: int) -> dict[str, float]:
     """Shares of self CPU time over the second half of the steps, by kind of operation."""
     import torch
 
-    inner, shares = loop.Loop.step, {}
+    from tuner.train.loop import Loop
+
+    inner, shares = Loop.step, dict[str, float]()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
-    def step(self: Any, number: int) -> Any:
+    def step(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:
         if number == steps // 2:
             profiler.__enter__()
-        report = inner(self, number)
+        report = inner(self, number, *args, **kwargs)
         if number == steps - 1:
             profiler.__exit__(None, None, None)
         return report
 
-    loop.Loop.step = step
+    Loop.step = step  # type: ignore[method-assign]
     run()
     kinds = {
         "matmul": ("aten::mm", "aten::addmm_", "aten::addmm", "aten::linear"),
@@ -181,172 +130,112 @@ def _profiled(loop: Any, run: Callable[[], object], steps: int) -> dict[str, flo
     return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}
 
 
-def run_trl(work: Path, steps: int) -> dict[str, Any]:
-    """TRL's SFTTrainer at the settings that were quickest on a CPU."""
+# --- TRL's side ---
+
+
+def run_trl(work: Path, steps: int, side: str, parity: bool) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same rows; in `parity` all rows of the batch are one step, whatever the batching."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in (work / "data.jsonl").open(encoding="utf-8")]
-    dataset = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "completion": [{"role": "assistant", "content": row["completion"]}],
-            }
-            for row in rows
-        ]
-    )
-    config = SFTConfig(
-        output_dir=str(work / f"trl-{os.getpid()}"), per_device_train_batch_size=ROWS, max_steps=steps, max_length=ROW,
-        packing=True, bf16=True, gradient_checkpointing=False, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-        model_init_kwargs={"dtype": "bfloat16"}, disable_tqdm=True,
-    )  # fmt: skip
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    rows = workplace.read_pairs(work / ("parity.jsonl" if parity else "data.jsonl"))
+    dataset = Dataset.from_list(workplace.as_messages(rows))
+    settings = {"max_length": ROW, "learning_rate": LEARNING_RATE} | TRL[side]
+    if parity and settings.get("packing"):
+        settings |= {"per_device_train_batch_size": 1, "max_length": ROW * workplace.PARITY_ROWS}
+    config = SFTConfig(**workplace.trl_config(work, steps, settings))
+    lora = LoraConfig(r=workplace.RANK, lora_alpha=workplace.ALPHA, target_modules="all-linear")
     trainer = SFTTrainer(model=str(work / "model"), args=config, train_dataset=dataset, peft_config=lora)
-    # bf16 compute with fp32 adapters on both sides; TRL's own cast of them is undone where it makes one
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    clock, inner = Clock(), trainer.compute_loss
-
-    def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        clock.tokens.append(inputs["input_ids"].numel())
-        clock.trained.append(int((inputs["labels"] != -100).sum()))
-        return inner(model, inputs, *args, **kwargs)
-
-    class Timer(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.times[0] = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.times.append(time.perf_counter())
-
-    trainer.compute_loss = compute_loss
-    trainer.add_callback(Timer())
-    trainer.train()
-    clock.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return clock.result()
-
-
-# --- the floor ---
-
-
-def floor(tokens: int, trained: int) -> dict[str, float]:
-    """Seconds of the matmuls that a LoRA step cannot do without, each shape at its own measured rate.
-
-    Frozen weights need two matmuls a linear: forward and the gradient of the input. The head needs them for the trained
-    positions only. The first layer's input needs no gradient, but its linears' adapters do; that saving is not taken.
-    """
-    import torch
-
-    head_dim = HIDDEN // HEADS
-    kv = KV_HEADS * head_dim
-    linears = [(HIDDEN, HIDDEN), (kv, HIDDEN), (kv, HIDDEN), (HIDDEN, HIDDEN)]
-    linears += [(INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
-    work = [(tokens, shape, LAYERS) for shape in linears] + [(trained, (VOCAB, HIDDEN), 1)]
-    seconds = flops = 0.0
-    for rows, (out, inner), times in work:
-        x, w = torch.randn(rows, inner).bfloat16(), torch.randn(out, inner).bfloat16()
-        y, gx = torch.empty(rows, out, dtype=torch.bfloat16), torch.empty(rows, inner, dtype=torch.bfloat16)
-        for call in (lambda x=x, w=w, y=y: torch.mm(x, w.T, out=y), lambda w=w, y=y, gx=gx: torch.mm(y, w, out=gx)):
-            call()
-            best = min(_timed(call) for _ in range(7))
-            seconds += times * best
-            flops += times * 2.0 * rows * out * inner
-    return {"floor_seconds": seconds, "matmul_flops": flops, "matmul_flops_per_second": flops / seconds}
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+    return workplace.run_trl(trainer, fp32_adapters=side != "trl-default").result(0 if parity else WARM_UP)
 
 
 # --- both sides in turn ---
 
 
-def child(side: str, work: Path, steps: int, *extra: str) -> dict[str, Any]:
-    """Runs one side in a fresh process and reads the JSON in its last line."""
-    command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(steps), *extra]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def measured_floor(shape: models.Shape, runs: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+    """The floor of our step, and our share of it."""
+    import torch
+    from floor import floor, mfu, model_flops
+    from transformers import AutoTokenizer
 
-
-def spread(results: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
-    values = [result[key] for result in results]
-    return statistics.median(values), min(values), max(values)
+    last = runs[-1]
+    tokens, scored = round(last["tokens_per_step"]), round(last["trained_tokens_per_step"])
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    rows = workplace.read_pairs(work / "data.jsonl", 64)
+    mean = statistics.mean(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 10 for row in rows)
+    lengths = [round(mean)] * max(1, round(tokens / mean))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    least = floor(shape, tokens=tokens, scored=scored, lengths=lengths, trains="lora", device=device)
+    seconds = statistics.median(run["step_seconds"] for run in runs)
+    flops = model_flops(shape, tokens, scored, lengths, workplace.RANK)
+    return {
+        **least,
+        "step_seconds": seconds,
+        "share": least["seconds"] / seconds,
+        "model_flops": flops,
+        "mfu": mfu(flops, seconds),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "chat-train.jsonl")
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, default=common.ROOT / "data" / "chat-train.jsonl")
+    parser.add_argument("--model", choices=models.SHAPES, default="56m", help="shape of the random Llama")
     parser.add_argument("--repeats", type=int, default=5, help="processes a side")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps a process")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--side", choices=["tuner", "trl", "profile"], help=argparse.SUPPRESS)
+    parser.add_argument("--ladder", action="store_true", help="also our side with its ideas taken away")
+    parser.add_argument("--trl-environment", choices=["tuner", "default"], default="tuner", help="variables of TRL")
+    parser.add_argument("--output", type=Path, help="where the results go; default: results/sft.json")
+    parser.add_argument("--side", choices=[*LADDER, *TRL, "profile"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parity", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
-    warnings.filterwarnings("ignore")
     if args.side:
-        if args.side == "trl":
-            result = run_trl(args.work, args.steps)
+        warnings.filterwarnings("ignore")
+        if args.side in TRL:
+            common.answer(run_trl(args.work, args.steps, args.side, args.parity))
         else:
-            result = run_tuner(args.work, args.steps, profile=args.side == "profile")
-        print("\n" + json.dumps(result))
+            rung = "tuner" if args.side == "profile" else args.side
+            common.answer(run_tuner(args.work, args.steps, rung, args.parity, profiled=args.side == "profile"))
         return
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        pairs = read_pairs(args.data, limit=1200)
-        with (work / "data.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
-        make_model(work / "model", pairs)
-        results: dict[str, list[dict[str, Any]]] = {"tuner": [], "trl": []}
-        for repeat in range(args.repeats):
-            for side in results:
-                results[side].append(child(side, work, args.steps))
-                print(f"{repeat + 1}/{args.repeats} {side:<6}{results[side][-1]['tokens_per_second']:>8,.0f} tok/s")
-        shares = child("profile", work, 8)["profile"]
-    report(results, shares, args.json)
-
-
-def report(results: dict[str, list[dict[str, Any]]], shares: dict[str, float], out: Path | None) -> None:
-    """The table, the floor and our share of it."""
-    print(
-        f"\n{'':<7}{'tok/s':>8}  {'(min - max)':<18}{'tokens/step':>12}{'trained':>9}{'peak memory':>13}  first losses"
-    )
-    for side, runs in results.items():
-        median, low, high = spread(runs, "tokens_per_second")
-        last = runs[-1]
-        losses = ", ".join(f"{loss:.4f}" for loss in last["first_losses"])
-        print(
-            f"{side:<7}{median:>8,.0f}  {f'({low:,.0f} - {high:,.0f})':<18}{last['tokens_per_step']:>12,.0f}"
-            f"{last['trained_share']:>9.0%}{spread(runs, 'peak_memory_bytes')[0] / 1e9:>10.2f} GB  {losses}"
+        rows = workplace.read_pairs(args.data, limit=1200)
+        workplace.write_rows(work / "data.jsonl", rows)
+        workplace.write_rows(work / "parity.jsonl", rows[: workplace.PARITY_ROWS])
+        workplace.make_model(work / "model", [text for row in rows for text in row.values()], models.SHAPES[args.model])
+        arguments = ["--work", str(work), "--steps", str(args.steps)]
+        trl = {side: Side(settings, args.trl_environment) for side, settings in TRL.items()}
+        best, tried = workplace.quickest(
+            __file__, {side: how for side, how in trl.items() if side != "trl-default"}, arguments, "tokens_per_second"
         )
-    ratios = [
-        a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(results["tuner"], results["trl"], strict=True)
-    ]
-    ours = results["tuner"][-1]
-    tokens = round(ours["tokens_per_step"])
-    least = floor(tokens, round(tokens * ours["trained_share"]))
-    seconds = statistics.median(run["step_seconds"] for run in results["tuner"])
-    share = least["floor_seconds"] / seconds
-    print(f"\nratio tuner/trl, pair by pair: {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})")
-    print(
-        f"floor: {least['matmul_flops'] / 1e9:.0f} GFLOP of matmul a step at "
-        f"{least['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s = {least['floor_seconds']:.3f} s; "
-        f"our step {seconds:.3f} s, {share:.0%} of the floor's rate"
+        ours = {rung: Side(how) for rung, how in LADDER.items() if args.ladder or rung == "tuner"}
+        sides = {**ours, "trl-default": trl["trl-default"], best: trl[best]}
+        turns = common.take_turns(__file__, sides, arguments, args.repeats, "tokens_per_second")
+        few = ["--work", str(work), "--steps", str(workplace.PARITY_STEPS)]
+        losses = workplace.parity(__file__, sides, turns, few)
+        profile = common.child(__file__, "profile", "--work", str(work), "--steps", "8")["profile"]
+        least = measured_floor(models.SHAPES[args.model], turns.runs["tuner"], work)
+    settings = {
+        "data": args.data.name, "model": args.model, "adapter": f"LoRA r={workplace.RANK} on every linear, fp32",
+        "tokens_a_step": TOKENS, "steps": args.steps, "warm_up_steps": WARM_UP, "dtype": "bfloat16",
+        "learning_rate": LEARNING_RATE, "trl_tried_tokens_per_second": tried, "our_step_goes_to": profile,
+    }  # fmt: skip
+    one = common.case(
+        "SFT, LoRA",
+        "tokens_per_second",
+        sides,
+        turns.runs,
+        settings=settings,
+        against=best,
+        parity=losses,
+        floor=least,
+        notes=["weights are random; parity is on one batch of 8 chats, three steps", *turns.notes],
     )
-    print("where our step goes: " + ", ".join(f"{kind} {value:.0%}" for kind, value in shares.items()))
-    if out:
-        out.write_text(json.dumps({"runs": results, "ratios": ratios, "floor": least, "profile": shares}, indent=1))
+    common.show(one)
+    print("our step goes to: " + ", ".join(f"{kind} {value:.0%}" for kind, value in profile.items()))
+    common.write("sft", [one], args.output)
 
 
 if __name__ == "__main__":

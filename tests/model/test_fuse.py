@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tuner.data.pack import pack
-from tuner.kernels.lora_linear import reference as lora_linear
+from tuner.kernels.lora_linear import node
 from tuner.kernels.rope import reference as rope
 from tuner.model import quantize
 from tuner.model.fuse import FUSED, LAST, fuse
@@ -248,12 +249,12 @@ def test_mutant_scaling(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> No
     fused = copy.deepcopy(lm)
     fuse(fused)
     stock = results(lm)
-    original = lora_linear._LoraLinears.apply
+    original = node.LoraLinears.apply
 
-    def halved(x: Tensor, bases: Any, scalings: list[float], *adapters: Tensor) -> Any:
-        return original(x, bases, [s / 2 for s in scalings], *adapters)
+    def halved(x: Tensor, parts: Any, group: node.Group, *adapters: Tensor) -> Any:
+        return original(x, parts, replace(group, scalings=[s / 2 for s in group.scalings]), *adapters)
 
-    monkeypatch.setattr(lora_linear._LoraLinears, "apply", halved)
+    monkeypatch.setattr(node.LoraLinears, "apply", halved)
     with pytest.raises(AssertionError):
         assert_same(results(fused), stock)
 

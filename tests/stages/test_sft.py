@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,20 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tuner import cli
 from tuner import recipe as recipes
 from tuner.checkpoint import damage
 from tuner.errors import DataError, ModelError, RecipeError, RunDirError
+from tuner.losses import language
+from tuner.model.policy import Policy
 from tuner.stages import sft
 from tuner.train import session
+from tuner.train.loop import evaluate_loss
+from tuner.train.setup import Devices
+from tuner.types import Batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -227,6 +235,53 @@ def test_held_out_loss_before_during_and_after(recipe_file: Path, output: Path) 
     found = [(row["step"], row["eval_loss"]) for row in lines(output) if "eval_loss" in row]
     assert [step for step, _ in found] == [0, 2, 4, 5]
     assert summary["before"]["eval_loss"] == found[0][1] > found[-1][1] == summary["after"]["eval_loss"]
+
+
+def test_held_out_tokens_and_entropy_are_reported_and_cost_training_nothing(
+    recipe_file: Path, output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[tuple[bool, tuple[str, ...]]] = set()
+    forward = Policy.forward
+
+    def noted(policy: Policy, batch: Batch, *, measures: Sequence[str] = ()) -> Tensor:
+        asked.add((policy.training, tuple(measures)))
+        return forward(policy, batch, measures=measures)
+
+    monkeypatch.setattr(Policy, "forward", noted)
+    summary = run(recipe_file, "data.eval=0.2", "train.max_steps=2")
+    assert asked == {(True, ()), (False, ("top1", "entropy"))}
+    out = capsys.readouterr().out
+    first, last = (row for row in lines(output) if "eval_loss" in row)
+    for row, when in ((first, "before"), (last, "after")):
+        assert {"step": row["step"], **summary[when]} == row
+        assert 0 <= row["eval_token_accuracy"] <= 1 and 0 < row["eval_entropy"] < math.log(320)
+        loss, right = f"{row['eval_loss']:.4f}", f"{row['eval_token_accuracy']:.1%}"
+        assert f"{when:<9}held-out loss {loss}; {right} of tokens right" in out
+
+
+def test_held_out_measures_go_by_the_weights_of_the_loss(make_model: Any, random_samples: Any) -> None:
+    """Against the logits of plain transformers, each row alone; untrained and weightless tokens do not count."""
+    lm, samples = make_model(), random_samples(5)
+    samples = [
+        replace(s, trunk=tuple(replace(part, weight=(0.0, 0.5, 2.0)[i % 3]) for i, part in enumerate(s.trunk)))
+        for s in samples
+    ]
+    total = {"nll": 0.0, "token_accuracy": 0.0, "entropy": 0.0}
+    weights = 0.0
+    with torch.no_grad():
+        for sample in samples:
+            ids = torch.as_tensor(sample.ids())
+            logps = lm(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
+            weight = torch.cat([torch.full((len(p.ids),), p.weight * p.trained) for p in sample.trunk])[1:].double()
+            weights += float(weight.sum())
+            total["nll"] -= float(weight @ logps.gather(1, ids[1:, None])[:, 0])
+            total["token_accuracy"] += float(weight @ (logps.argmax(-1) == ids[1:]).double())
+            total["entropy"] -= float(weight @ (logps.exp() * logps).sum(-1))
+    policy, stage = Policy(lm, compute_dtype=torch.float32), sft.SFT(language.resolve("nll", {}))
+    devices = Devices(torch.device("cpu"), 0, 1)
+    found = evaluate_loss(policy, stage, samples, [[0, 3], [1, 2, 4]], devices)
+    assert found == pytest.approx({name: value / weights for name, value in total.items()}, rel=1e-5)
+    assert list(stage.denominators(samples)) == ["nll"]
 
 
 def test_the_held_out_loss_does_not_depend_on_the_microbatch(recipe_file: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.pack import weight_sum
-from tuner.data.stream import Plan
+from tuner.data.plan import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
 from tuner.train import loop as module
 from tuner.train.loop import MAX_SKIPS_IN_A_ROW, Loop, Progress, Signals, StepReport, evaluate_loss

@@ -8,13 +8,16 @@ not cover (DoRA, several active adapters, merged weights) runs the original forw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
@@ -37,7 +40,8 @@ class _Frozen:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         if quantize.is_4bit(self.base):
-            return quantize.dequantize(self.base, dtype)
+            functions: Kernels = self.base.kernels  # type: ignore[assignment]  # fused like what is around it
+            return quantize.borrow(self.base, dtype, functions)
         weight: Tensor = self.base.weight  # type: ignore[assignment]  # every module that comes here is a linear
         return weight.detach().to(dtype)
 
@@ -55,20 +59,13 @@ def _only_adapter(module: lora.layer.LoraLayer) -> str | None:
     return name if plain else None
 
 
-def _dropout(module: Any, name: str) -> nn.Module | None:
-    """The dropout of an adapter where it is at work."""
-    dropout = module.lora_dropout[name]
-    return dropout if module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else None
-
-
 def _is_fusible(module: Any) -> bool:
     """Whether `lora_linears` covers what a linear does now."""
     if not isinstance(module, FusedLora):
         return False
     linear: Any = module
-    name = _only_adapter(linear)
     trained = any(p.requires_grad for p in linear.base_layer.parameters())
-    return name is not None and not trained and _dropout(linear, name) is None
+    return _only_adapter(linear) is not None and not trained
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -92,20 +89,16 @@ def _together(x: Tensor, modules: Sequence[Any]) -> tuple[Tensor, ...]:
 def _adapter(module: Any) -> Adapter:
     """The active adapter of a linear that is fusible."""
     name = module.active_adapters[0]
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    dropout = module.lora_dropout[name]
+    dropped = dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
+    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropped)
 
 
 def _lora_forward(module: Any, x: Tensor, original: Any, *args: Any, **kwargs: Any) -> Tensor:
     if _is_fusible(module):
         return _together(x, (module,))[0]
-    name = _only_adapter(module)
-    if name is None or any(p.requires_grad for p in module.base_layer.parameters()):
-        return original(x, *args, **kwargs)
-    x = _compute(x)
-    a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    # dropout sits between x and A only, so the adapter's x is not the base's x
-    delta = F.linear(F.linear(module.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype)) * scaling
-    return _FrozenLinear.apply(x, _Frozen(module.base_layer)) + delta
+    result: Tensor = original(x, *args, **kwargs)
+    return result
 
 
 class FusedLora:
@@ -151,27 +144,28 @@ class FusedMistralRMSNorm(MistralRMSNorm):
         return _norm_forward(self, hidden_states)
 
 
-def _mlp_forward(module: Any, x: Tensor) -> Tensor:
+def _mlp_forward(module: Any, x: Tensor, wanted: bool) -> Tensor:
+    """Not `wanted`, only what the backward keeps is made, where that is all that a recompute is for."""
     functions: Kernels = module.kernels
     gate, up = _linears(x, (module.gate_proj, module.up_proj))
     down = module.down_proj
     if not _is_fusible(down) or torch.is_autocast_enabled(x.device.type):
         return down(functions.swiglu(gate, up))
-    return functions.swiglu_lora_linear(gate, up, _Frozen(down.base_layer), _adapter(down))
+    return functions.swiglu_lora_linear(gate, up, _Frozen(down.base_layer), _adapter(down), wanted=wanted)
 
 
 class FusedLlamaMLP(LlamaMLP):
     """SwiGLU as one autograd node between its linears."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _mlp_forward(self, x)
+    def forward(self, x: Tensor, *, wanted: bool = True) -> Tensor:
+        return _mlp_forward(self, x, wanted)
 
 
 class FusedMistralMLP(MistralMLP):
     """SwiGLU as one autograd node between its linears."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _mlp_forward(self, x)
+    def forward(self, x: Tensor, *, wanted: bool = True) -> Tensor:
+        return _mlp_forward(self, x, wanted)
 
 
 def _attention_forward(
@@ -226,19 +220,64 @@ class FusedMistralAttention(MistralAttention):
         return _attention_forward(self, super().forward, *args, window=self.config.sliding_window, **kwargs)
 
 
+@contextmanager
+def _not_kept(made: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, an autograd node that wants `made` in its backward keeps `again`, which makes it anew."""
+    place = made.data_ptr(), made.numel()  # autograd holds on to `pack`, which therefore must not hold the tensor
+
+    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
+        is_made = (kept.data_ptr(), kept.numel()) == place
+        return partial(_viewed, again, kept.shape) if is_made else kept
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _viewed(again: Callable[[], Tensor], shape: torch.Size) -> Tensor:
+    with torch.no_grad():
+        return again().view(shape)
+
+
+def _selective_layer_forward(layer: Any, x: Tensor, at: Tensor | None, **kwargs: Any) -> Tensor:
+    """The same, of which attention alone is kept: the norms and the MLP up to its last linear are made again."""
+    normed = layer.input_layernorm(x)
+    with _not_kept(normed, partial(layer.input_layernorm, x.detach())):
+        attended, _ = layer.self_attn(normed, only_at=at, **kwargs)
+    normed, x = _second_norm(layer, attended, x if at is None else x.index_select(1, at))
+    runs = 0
+
+    def mlp(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        fused = isinstance(layer.mlp, FusedLlamaMLP | FusedMistralMLP)
+        out: Tensor = layer.mlp(x, wanted=runs == 1) if fused else layer.mlp(x)
+        return out
+
+    with _not_kept(normed, partial(layer.post_attention_layernorm, x.detach())):
+        return x + checkpoint(mlp, normed, use_reentrant=False)
+
+
 def _layer_forward(layer: Any, x: Tensor, *, tuner_at: Tensor | None = None, **kwargs: Any) -> Tensor:
     """A decoder layer. `tuner_at` names the positions that are read of the last one, whose MLP runs at these alone."""
     at = tuner_at if isinstance(layer, PickingLayer) else None
+    if layer.selective and torch.is_grad_enabled():
+        return _selective_layer_forward(layer, x, at, **kwargs)
     attended, _ = layer.self_attn(layer.input_layernorm(x), only_at=at, **kwargs)
+    normed, x = _second_norm(layer, attended, x if at is None else x.index_select(1, at))
+    return x + layer.mlp(normed)
+
+
+def _second_norm(layer: Any, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(what the MLP reads, the residual stream that goes on)."""
     norm: Any = layer.post_attention_layernorm
-    x = x if at is None else x.index_select(1, at)
     if isinstance(norm, FusedLlamaRMSNorm | FusedMistralRMSNorm):
         functions: Kernels = layer.kernels
-        normed, x = functions.add_rms_norm(attended, x, norm.weight, norm.variance_epsilon)
-    else:  # peft trains a copy of it
-        x = x + attended
-        normed = norm(x)
-    return x + layer.mlp(normed)
+        return functions.add_rms_norm(attended, x, norm.weight, norm.variance_epsilon)
+    x = x + attended  # peft trains a copy of the norm
+    return norm(x), x
 
 
 class FusedLlamaDecoderLayer(LlamaDecoderLayer):
@@ -307,10 +346,13 @@ if quantize.Linear4bit is not None:
     FUSED |= {lora.Linear4bit: FusedLoraLinear4bit, quantize.Linear4bit: FrozenLinear4bit}
 
 
-def fuse(model: nn.Module, functions: Kernels | None = None) -> Mapping[str, int]:
+def fuse(model: nn.Module, functions: Kernels | None = None, *, selective: bool = False) -> Mapping[str, int]:
     """Swaps every module that the table knows, to compute with `functions` (the references unless others are given).
 
     Returns how many of each class were swapped.
+
+    Args:
+        selective: decoder layers keep what their attention needs, and make the rest again in the backward.
     """
     functions = functions or kernels.load()
     counts: dict[str, int] = {}
@@ -321,5 +363,7 @@ def fuse(model: nn.Module, functions: Kernels | None = None) -> Mapping[str, int
             continue
         module.__class__ = fused
         module.kernels = functions  # type: ignore[assignment]  # no submodule, a plain attribute
+        if isinstance(module, LlamaDecoderLayer | MistralDecoderLayer):
+            module.selective = selective  # type: ignore[assignment]
         counts[fused.__name__] = counts.get(fused.__name__, 0) + 1
     return counts

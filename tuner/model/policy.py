@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,14 +21,17 @@ class Policy(Backbone):
         """`[V, H]`: the weight that turns states into logits, including whatever trains on it."""
         return head_weight(self.inner.get_output_embeddings())
 
-    def forward(self, batch: Batch, *, collision: bool = False) -> Tensor:
+    def forward(self, batch: Batch, *, measures: Sequence[str] = ()) -> Tensor:
         """Log-probability of each target of the batch, natural logarithms.
 
+        Args:
+            measures: what else is wanted of each prediction: `collision`, `entropy`, `top1` (kernels/token_logps).
+
         Returns:
-            `[M]` float32; with `collision` `[2, M]`, the second row log Σ_v p(v)² of each prediction, without gradient.
+            `[M]` float32; with measures `[1 + measures, M]`, of which only the first row has a gradient.
         """
         picked = self.hidden_states(batch, batch.predict_at).to(self.compute_dtype)
-        return self.kernels.token_logps(picked, self.head_weight(), batch.targets, collision=collision)
+        return self.kernels.token_logps(picked, self.head_weight(), batch.targets, measures=measures)
 
     @contextmanager
     def generation_mode(self) -> Iterator[PreTrainedModel | PeftModel]:

@@ -7,8 +7,10 @@ and multiplies.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from tuner.errors import ModelError, RecipeError
+from tuner.kernels import Kernels
+from tuner.kernels.dequantize_nf4.reference import Nested
 
 # The import announces itself on stderr when it finds no GPU; that is no news to a CPU user.
 os.environ.setdefault("BNB_CUDA_VERSION", "")
 try:
     import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 except ImportError:  # 16-bit training does not need it
     bnb = None
 
@@ -55,12 +60,70 @@ def is_4bit(module: nn.Module) -> bool:
     return Linear4bit is not None and isinstance(module, Linear4bit)
 
 
-def dequantize(module: Any, dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` of a 4-bit linear as a plain tensor."""
+def _state(module: Any) -> Any:
+    """How the weight of a 4-bit linear is packed."""
     assert is_4bit(module)
     state = module.weight.quant_state
     assert not getattr(state, "packing_format_for_cpu", False), "a 4-bit weight was repacked by an evaluation forward"
-    return dequantize_4bit(module.weight.data, state).to(dtype)
+    return state
+
+
+def dequantize(module: Any, dtype: torch.dtype) -> Tensor:
+    """The weight `[out, in]` of a 4-bit linear as a plain tensor."""
+    return dequantize_4bit(module.weight.data, _state(module)).to(dtype)
+
+
+def borrow(module: Any, dtype: torch.dtype, functions: Kernels) -> Tensor:
+    """The same in a buffer that all 4-bit linears share: good until the next weight is borrowed.
+
+    That is enough for a matmul: those of a model run one after the other, on one stream, and no autograd node keeps the
+    weight. Memory that is new at every use costs more than what is written to it: on a CPU its pages are handed out one
+    by one, which takes 12 times as long as dequantising a matrix of 4096 x 4096 into old ones.
+    """
+    state, packed = _state(module), module.weight.data
+    out = _workspace(state.shape, dtype, packed.device)
+    if functions.backend != "triton":
+        return _dequantize_into(out, packed, state)
+    nested = None
+    if state.nested:
+        nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    return functions.dequantize_nf4(
+        packed, state.absmax, state.code,
+        blocksize=state.blocksize, shape=tuple(state.shape), dtype=dtype, nested=nested, out=out,
+    )  # fmt: skip
+
+
+_workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # a buffer each, as large as the largest weight so far
+
+
+def _workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size, key = prod(shape), (device, dtype)
+    if key not in _workspaces or _workspaces[key].numel() < size:
+        _workspaces.pop(key, None)  # freed before a larger one takes its place
+        with torch.inference_mode(False):  # or training could not write to it
+            _workspaces[key] = torch.empty(size, dtype=dtype, device=device)
+    return _workspaces[key][:size].view(*shape)
+
+
+_SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _dequantize_into(out: Tensor, packed: Tensor, state: Any) -> Tensor:
+    """By bitsandbytes, with whose bits ours agree."""
+    scale = state.absmax
+    if state.nested:
+        scale = dequantize_blockwise(scale, state.state2) + state.offset
+    settings = state.blocksize, state.quant_type, state.shape, out.dtype
+    if packed.device.type == "cuda":
+        torch.ops.bitsandbytes.dequantize_4bit.out(packed, scale, *settings, out=out)
+    # The operator has no `out` on CPUs; the function behind it has, and gives way to others where it is inexact.
+    elif isinstance(lib, ErrorHandlerMockBNBNativeLibrary) or state.blocksize >= 2048 or out.shape[1] % 2:
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit(packed, scale, *settings))
+    else:
+        function = getattr(lib, f"cdequantize_blockwise_cpu_{state.quant_type}_{_SUFFIX[out.dtype]}")
+        addresses = [ctypes.c_void_p(x.data_ptr()) for x in (packed, scale, out)]
+        function(*addresses, *map(ctypes.c_longlong, (state.blocksize, *out.shape)))
+    return out
 
 
 def optimizer(

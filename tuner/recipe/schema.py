@@ -231,7 +231,11 @@ class TrainSection(Section):
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Master weights of full fine-tuning; bfloat16 saves memory and loses small updates."
     )
-    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    activation_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Make activations again in the backward rather than keep them, with the same result. selective: "
+        "the norms and the MLP; true: all but a layer's input, the least memory and the slowest.",
+    )
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a non-finite loss or gradient: stop, or skip.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of order, initialisation and dropout.")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(

@@ -55,7 +55,8 @@ class DPO:
     def scores(self, policy: Callable[..., Tensor], batch: Batch, samples: Sequence[Tokens]) -> Tensor:
         """What the loss reads of the policy, `[samples, 2]` for each name of `_learned`."""
         collided = "collision" in self._learned
-        found = (policy(batch, collision=True) if collided else policy(batch)[None]) * batch.weights  # [1 or 2, M]
+        found = policy(batch, measures=("collision",)) if collided else policy(batch)[None]
+        found = found * batch.weights  # [1 or 2, M]
         columns = [_table(batch, found[0], len(samples))]
         if "shared" in self._learned:
             columns.append(_table(batch, found[0] * _within_shorter(batch, len(samples)), len(samples)))

@@ -24,9 +24,10 @@ from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
 from tuner.data.fit import Fit
 from tuner.data.formats import Kind
+from tuner.data.plan import Plan
 from tuner.data.render import Renderer
 from tuner.data.report import place
-from tuner.data.stream import Plan, Split, choose_template, holdout, load_split, make_renderer
+from tuner.data.stream import Split, choose_template, holdout, load_split, make_renderer
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.errors import DataError, RecipeError, TunerError, printable
 from tuner.evaluate import Question, read_questions
@@ -58,6 +59,7 @@ from tuner.stages.rows import accepted
 from tuner.train.answers import Answers
 from tuner.train.memory import Choice, microbatch
 from tuner.train.metrics import tracker_classes
+from tuner.train.phases import Phases
 from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
@@ -98,11 +100,12 @@ class Machine:
     devices: Devices
     backends: str  # what attention and the other operations run on, and why, for people
     microbatch: Choice
+    phases: Phases
 
 
 def machine(recipe: Recipe, *, resume: bool) -> Machine:
     """Decides every `auto` once; a resumed run reuses what it decided at its start."""
-    devices = find_devices()
+    phases, devices = Phases(), find_devices()
     given = recipes.flatten(recipe)
     stored = Path(recipe.train.output_dir) / RECIPE
     if resume and stored.is_file():
@@ -135,7 +138,9 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
         )
     torch.set_num_threads(threads)
     seed_everything(train.seed)
-    return Machine(recipe, devices, f"attention {attention} ({why_attention}); kernels {backend} ({why})", choice)
+    phases.begin("data")
+    backends = f"attention {attention} ({why_attention}); kernels {backend} ({why})"
+    return Machine(recipe, devices, backends, choice, phases)
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
@@ -402,6 +407,7 @@ def load_model(
     kind: type[Scorer], recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console
 ) -> Model[Scorer]:
     """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
+    machine.phases.begin("model")
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
     reward = recipe.stage == "reward"
@@ -417,12 +423,13 @@ def load_model(
         needed = {"embed_tokens"} if reward else {"embed_tokens", "lm_head"}
         _check_slots(data.template, full or needed <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
-    if recipe.train.activation_checkpointing:
+    checkpointing = recipe.train.activation_checkpointing
+    if checkpointing is True:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
     functions = kernels.load(model.kernels, model.attn_implementation)
-    fuse(lm, functions)
+    fuse(lm, functions, selective=checkpointing == "selective")
     policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
@@ -505,6 +512,7 @@ def session(
     return Session(
         recipe=recipe,
         devices=machine.devices,
+        phases=machine.phases,
         run=opened.run,
         policy=model.policy,
         stage=stage,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,31 @@ from tuner.recipe import Recipe
 from tuner.stages import prepare
 from tuner.types import Batch, Tokens
 
+# What an evaluation reports beside the loss, by the same weights: the share of tokens that greedy decoding would say,
+# and the mean entropy of the predictions, in nats.
+MEASURES = {"token_accuracy": "top1", "entropy": "entropy"}
+
 
 @dataclass(frozen=True)
 class SFT:
     """Negative log-likelihood of the trained tokens, divided by the sum of their weights over the optimizer step."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
+    measures: Mapping[str, str] = field(default_factory=dict)  # metric -> what the policy calls it
     terms: tuple[str, ...] = ("nll",)
 
-    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
-        return {"nll": sum(weight_sum(sample) for sample in samples)}
+    def measuring(self) -> SFT:
+        return replace(self, measures=MEASURES)
 
-    def losses(self, policy: Callable[[Batch], Tensor], batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
-        return {"nll": self.loss(policy(batch), batch.weights)}
+    def denominators(self, samples: Sequence[Tokens]) -> dict[str, float]:
+        return dict.fromkeys((*self.terms, *self.measures), sum(weight_sum(sample) for sample in samples))
+
+    def losses(self, policy: Callable[..., Tensor], batch: Batch, samples: Sequence[Tokens]) -> dict[str, Tensor]:
+        if not self.measures:
+            return {"nll": self.loss(policy(batch), batch.weights)}
+        logps, *values = policy(batch, measures=tuple(self.measures.values()))
+        sums = ((value * batch.weights).sum() for value in values)
+        return {"nll": self.loss(logps, batch.weights), **dict(zip(self.measures, sums, strict=True))}
 
 
 def run(

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.pack import bins, pack
+from tuner.data.plan import Plan
 from tuner.data.report import place
-from tuner.data.stream import Plan
 from tuner.errors import NonFiniteError, OutOfMemoryError
 from tuner.kernels.token_logps import reference as token_logps
 from tuner.train.optim import Guard, clip, heeds_flags
 from tuner.train.overlap import Ahead, Arriving
 from tuner.train.setup import Devices, no_sync
-from tuner.train.stage import ProbingStage, ScoringStage, Stage, is_whole_step
+from tuner.train.stage import MeasuringStage, ProbingStage, ScoringStage, Stage, is_whole_step
 from tuner.types import Batch, Tokens, on_device
 
 MAX_SKIPS_IN_A_ROW = 10
@@ -372,7 +372,7 @@ def _memory_for(batch: Batch) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             f"out of memory with {batch.num_tokens:,} tokens at once; lower train.microbatch_tokens below that, or "
-            "set train.activation_checkpointing: true (neither changes the result)"
+            "set train.activation_checkpointing: selective, or true (none of them changes the result)"
         ) from None
 
 
@@ -424,6 +424,7 @@ def evaluate_loss(
     Sums over sums, so that no value depends on how the samples are batched. None if `keep_going` said no between two
     microbatches, on any rank: the ranks give up together.
     """
+    stage = stage.measuring() if isinstance(stage, MeasuringStage) else stage
     denominators = stage.denominators(samples)
     total = torch.zeros(len(denominators), dtype=torch.float64, device=devices.device)
     table: list[tuple[Sequence[int], Tensor, Tensor]] = []  # of a stage that scores: samples, scores, constants

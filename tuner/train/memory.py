@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tuner.errors import ModelError, RecipeError
-from tuner.kernels.token_logps.reference import CHUNK_BYTES_CPU, CHUNK_BYTES_CUDA, ROW_MULTIPLE
+from tuner.kernels.token_logps.reference import ROW_MULTIPLE, rows_at_once
 from tuner.model.adapter import adapter_directory, read_peft_config
 from tuner.model.load import find_checkpoint, load_config, resolve_dtype
 from tuner.recipe import AdapterSection, Recipe
@@ -208,7 +208,7 @@ def _working(shape: Shape, c: int) -> float:
 
 def _head(shape: Shape, c: int, kind: str, *, trains: bool) -> float:
     """A chunk of logits in fp32 and in the compute dtype; where the head trains, its fp32 gradient and two casts."""
-    chunk = max(CHUNK_BYTES_CUDA if kind == "cuda" else CHUNK_BYTES_CPU, 4 * ROW_MULTIPLE * shape.vocabulary)
+    chunk = 4 * rows_at_once(shape.vocabulary, kind) * shape.vocabulary
     return chunk * (1 + c / 4) + (shape.in_table * (4 + 2 * c) if trains else 0)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tuner.model import quantize
-from tuner.recipe import TrainSection
+
+if TYPE_CHECKING:
+    from tuner.recipe import TrainSection
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from tuner import recipe as recipes
 from tuner.checkpoint import Checkpoint, RunDir, damage, flatten_state, rng_state, set_rng_state, unflatten_state
 from tuner.data.pack import bins
+from tuner.data.plan import Plan
 from tuner.data.render import Renderer
 from tuner.data.store import TokenStore
-from tuner.data.stream import Plan
 from tuner.errors import Interrupted, RunDirError
 from tuner.evaluate import Question, QuestionReport, answer_questions
 from tuner.model.backbone import Backbone
@@ -32,6 +32,7 @@ from tuner.train.answers import Answers
 from tuner.train.loop import LAG, Loop, Progress, Signals, StepReport, evaluate_loss
 from tuner.train.metrics import Metrics, start_trackers
 from tuner.train.optim import build_optimizer, parameter_groups, schedule
+from tuner.train.phases import Phases
 from tuner.train.setup import Devices, wrap
 from tuner.train.stage import Stage
 from tuner.types import Tokens
@@ -47,6 +48,7 @@ class Session:
 
     recipe: Recipe  # with every automatic value decided
     devices: Devices
+    phases: Phases
     run: RunDir | None  # the main rank's; None on the others
     policy: Backbone
     stage: Stage
@@ -115,9 +117,11 @@ class Session:
 
     def _train(self) -> None:
         if not self.progress.history.get("before"):
+            self.phases.begin("evaluation before")
             self.progress.history["before"] = self._evaluate("before")
             if self.answers and self.answers.shown:
                 self.progress.history["answers"] = self.answers.greedy()
+        self.phases.begin("training")
         self._stop_if_told()
         self.metrics.start(self.progress.step)
         if self._measure(self.progress.step):  # which a signal may have cut short, or which may have ended the run
@@ -143,14 +147,16 @@ class Session:
         go_on = self._measure(step)
         self._stop_if_told()
         if self._saves(step) or not go_on:
-            self._publish()
+            with self.phases.during("saving"):
+                self._publish()
         return go_on
 
     def _measure(self, step: int) -> bool:
         """The evaluation due after `step`, once (that of the last step is `_finish`'s); False: patience has run out."""
         every, progress = self.recipe.eval.steps, self.progress
         if every and 0 < step < self.plan.num_steps and step % every == 0 and progress.evaluated_step < step:
-            values = self._evaluate(f"step {step}")
+            with self.phases.during("evaluation between"):
+                values = self._evaluate(f"step {step}")
             progress.evaluated_step = step
             self._judge(values)
         patience = self.recipe.eval.early_stopping_patience
@@ -160,6 +166,7 @@ class Session:
         return False
 
     def _finish(self) -> dict[str, Any]:
+        self.phases.begin("evaluation after")
         after = self._evaluate("after")
         self._judge(after)
         said = self.answers.greedy() if self.answers and self.answers.shown else ()  # by the weights just evaluated
@@ -177,9 +184,11 @@ class Session:
         if self.answers and self.answers.shown:
             before = self.progress.history.get("answers", ())
             summary["answers"] = self.answers.beside(before, said)
+        self.phases.begin("saving")
         if self.run:
             self._publish()
             summary["result"] = self.save_result(self.run).name
+            self.run.record(seconds=self.phases.seconds())
             self.run.finish(summary)
         self.devices.barrier()
         return summary
@@ -212,6 +221,7 @@ class Session:
         if values:
             parts = [f"held-out loss {values['eval_loss']:.4f}"] if "eval_loss" in values else []
             parts += [f"accuracy {values['eval_accuracy']:.1%}"] if "eval_accuracy" in values else []
+            parts += [f"{values['eval_token_accuracy']:.1%} of tokens right"] if "eval_token_accuracy" in values else []
             parts += [f"KL to the reference {values['eval_kl']:.3f}"] if "eval_kl" in values else []
             parts += [f"held-out questions: {report}"] if self.questions else []
             self.console.print(f"{when:<9}{'; '.join(parts)}")

@@ -36,6 +36,14 @@ class Stage(Protocol):
 
 
 @runtime_checkable
+class MeasuringStage(Stage, Protocol):
+    """A stage that says more of held-out samples than it pays for in training."""
+
+    def measuring(self) -> Stage:
+        """The stage of an evaluation."""
+
+
+@runtime_checkable
 class ScoringStage(Stage, Protocol):
     """A stage that scores each sample, and whose loss and metrics are arithmetic on the scores of all of them.
 

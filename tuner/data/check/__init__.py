@@ -18,8 +18,9 @@ from tuner.data.check.report import CheckReport, LengthBias, Side, Source, Steps
 from tuner.data.check.scan import Ledger, Scanner, shingles_of
 from tuner.data.fit import Fit
 from tuner.data.formats import Kind
+from tuner.data.plan import Plan
 from tuner.data.report import listed, place
-from tuner.data.stream import Plan, choose_template, held_out, make_renderer, sampled
+from tuner.data.stream import choose_template, held_out, make_renderer, sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -21,8 +21,9 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-rank change of a linear: scaling * B A."""
+    """The low-rank change of a linear: scaling * B A, which reads an input of which `dropout` is dropped."""
 
     a: Tensor  # [r, in], fp32 master
     b: Tensor  # [out, r], fp32 master
     scaling: float
+    dropout: float = 0.0

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / rms in fp32 `[..., 1]`)."""
-    x32 = x.float()
+    x32 = _wide(x)
     rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x32 * rstd).to(x.dtype) * weight, rstd
 
@@ -24,8 +29,8 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(d x in fp32, d weight if it is needed)."""
-    g = grad.float()
-    normed = x.float() * rstd  # not in place: in fp32 x.float() is x
+    g = _wide(grad)
+    normed = _wide(x) * rstd  # not in place: in fp32 the wide x is x
     grad_weight = None
     if needs_weight:
         grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)

@@ -41,6 +41,6 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """q `[1, N, heads, D]` and k `[1, N, kv_heads, D]`, rotated.
 
     Args:
-        cos, sin: `[1, N, D]`, in the dtype of q and k, equal in both halves of D.
+        cos, sin: `[1, N, D]`, equal in both halves of D; in fp32 or in the dtype of q and k.
     """
     return _Rope.apply(q, k, cos, sin)
