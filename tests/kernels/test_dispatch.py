@@ -14,6 +14,7 @@ from tuner import kernels
 from tuner import recipe as recipes
 from tuner.errors import RecipeError
 from tuner.kernels import attention
+from tuner.stages.machine import find_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
