@@ -78,8 +78,10 @@ def _exp(x, BASE_2: tl.constexpr):
 
 @triton.jit
 def _load_lse(lse, i, inside, size, BASE_2: tl.constexpr):
-    """What the forward has kept of queries i: log-sum-exps, in base e as maximum m and log l, for the sum of the two
-    would round off what 32 bits can tell. They are infinite where not `inside`, which makes probabilities 0."""
+    """What the forward has kept of queries i: log-sum-exps, infinite where not `inside`, so that probabilities are 0.
+
+    In base e they are kept as maximum m and log l, for their sum would round off what 32 bits can tell.
+    """
     m = tl.load(lse + i, mask=inside, other=float("inf"))
     if BASE_2:
         return m, m
@@ -211,6 +213,7 @@ def _grad_query_step(
     KEYS: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BASE_2: tl.constexpr,
 ):  # fmt: skip
+    """Takes the keys from position `at` on into dQ."""
     j = at + tl.arange(0, KEYS)
     rows = (j + tl.where(j < length, trunk, behind)).to(tl.int64)
     keys = _load(k, rows, stride_kn, j < last, EDGE, HEAD_DIM, D)
@@ -431,6 +434,8 @@ def _backward_pass(
 
 
 class _Attention(torch.autograd.Function):
+    """Keeps its inputs, its output and one number a query and head (two in fp32)."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, shape: _Shape) -> Tensor:
         output, lse = _forward_pass(query, key, value, shape, keep=True)
