@@ -31,8 +31,8 @@ from tuner.data.stream import Split, choose_template, holdout, load_split, make_
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.errors import DataError, RecipeError, TunerError, printable
 from tuner.evaluate import Question, read_questions
+from tuner.model.adapted import LanguageModel
 from tuner.model.adapter import (
-    LanguageModel,
     adapter_directory,
     attach,
     check_continues,
