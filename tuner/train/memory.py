@@ -29,12 +29,10 @@ MOST_TOKENS = {"cuda": 32_768, "cpu": 4_096}
 # Of the total memory. On a GPU the rest is for its context, for libraries, for what fragments, and for the error of the
 # estimate; on a CPU also for the data, for the system and for other programs.
 SHARE = {"cuda": 0.85, "cpu": 0.5}
-STEP = 1_024  # tokens; sizes are rounded down to a multiple of it, or of ROW_MULTIPLE below it
+MULTIPLE = 1_024  # tokens; sizes are rounded down to one of it, or of ROW_MULTIPLE below it
 STATE_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0}  # a parameter; else 2 like itself
 NF4_SCALES = {True: (8 + 32 / 256) / 8 / 64, False: 4 / 64}  # bytes a weight; one of 8 bits, or of fp32, for 64 weights
-BATCH_BYTES = (
-    88  # a token: ids, positions, documents, branches, targets, weights and sequences as they lie on the device
-)
+BATCH_BYTES = 88  # a token: its ids, positions, document, branch, target, weight and sequence
 
 
 @dataclass(frozen=True)
@@ -286,8 +284,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
             "or give a number here to try it all the same"
         )
     room = (SHARE[kind] * total - fixed) / footprint.token
-    step = STEP if room >= STEP else ROW_MULTIPLE
-    fits = max(0, int(room) // step * step)
+    multiple = MULTIPLE if room >= MULTIPLE else ROW_MULTIPLE
+    fits = max(0, int(room) // multiple * multiple)
     beside = f"{fixed / 1e9:,.2f} GB, at {footprint.token / 1e6:,.2f} MB a token"
     filled = f"{100 * SHARE[kind]:.0f}% of {total / 1e9:,.1f} GB"
     if min(fits, MOST_TOKENS[kind]) < max_length:
