@@ -329,13 +329,10 @@ def load_model(kind: type[Scorer], start: Start, base_sha256: str) -> Model[Scor
         needed = {"embed_tokens"} if reward else {"embed_tokens", "lm_head"}
         _check_slots(data.template, full or needed <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
-    checkpointing = recipe.train.activation_checkpointing
-    if checkpointing is True:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
     functions = kernels.load(model.kernels, model.attn_implementation)
-    fuse(lm, functions, selective=checkpointing == "selective")
+    fuse(lm, functions, recompute=recipe.train.activation_checkpointing)
     policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
