@@ -69,8 +69,8 @@ def configs(head_dim: int, half: bool, mean: float) -> Configs:
 def _exp(x, BASE_2: tl.constexpr):
     """The exponential, of base 2 where `scale` and log-sum-exps are of that base, which saves a product a score.
 
-    In base e that product comes after the maximum is taken off and rounds less, and a library function takes the place
-    of the hardware's approximation; 16-bit tensors do not show either.
+    In base e that product comes after the maximum is taken off and rounds less, and a library's function stands in for
+    the approximation of the hardware; 16-bit tensors do not show either.
     """
     if BASE_2:
         return tl.exp2(x)
