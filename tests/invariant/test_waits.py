@@ -27,6 +27,7 @@ from tuner import recipe as recipes
 from tuner.errors import Interrupted, NonFiniteError
 from tuner.model.policy import Policy
 from tuner.stages import dpo, reward, sft
+from tuner.stages.pairs import DPO
 from tuner.train import loop as module
 from tuner.train import session
 from tuner.train.loop import Loop, Taken
@@ -307,6 +308,24 @@ def test_too_many_in_a_row_stop_in_the_same_way(
     one, other = weights
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_a_nan_in_a_loss_over_the_whole_step_names_its_rows(
+    late: bool, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = DPO.scores
+
+    def nan(self: DPO, policy: Any, batch: Batch, samples: Sequence[Tokens]) -> Tensor:
+        bad = any(row == 5 for _, row in batch.rows)
+        return scores(self, policy, batch, samples) * (float("nan") if bad else 1.0)
+
+    monkeypatch.setattr(DPO, "scores", nan)
+    with ExitStack() as stack:
+        if late:
+            stack.enter_context(as_on_a_gpu(monkeypatch))
+        with pytest.raises(NonFiniteError, match=r"step [123]: the loss is not finite; .*pairs.jsonl line \d"):
+            run("aot", "run")
 
 
 # --- signals, checkpoints, early stops ---

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tuner.errors import ModelError, RecipeError
-from tuner.kernels.token_logps.reference import CHUNK_BYTES_CPU, CHUNK_BYTES_CUDA, ROW_MULTIPLE
+from tuner.kernels.token_logps.reference import ROW_MULTIPLE, rows_at_once
 from tuner.model.adapter import adapter_directory, read_peft_config
 from tuner.model.load import find_checkpoint, load_config, resolve_dtype
 from tuner.recipe import AdapterSection, Recipe
@@ -29,12 +29,10 @@ MOST_TOKENS = {"cuda": 32_768, "cpu": 4_096}
 # Of the total memory. On a GPU the rest is for its context, for libraries, for what fragments, and for the error of the
 # estimate; on a CPU also for the data, for the system and for other programs.
 SHARE = {"cuda": 0.85, "cpu": 0.5}
-STEP = 1_024  # tokens; sizes are rounded down to a multiple of it, or of ROW_MULTIPLE below it
+MULTIPLE = 1_024  # tokens; sizes are rounded down to one of it, or of ROW_MULTIPLE below it
 STATE_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0}  # a parameter; else 2 like itself
 NF4_SCALES = {True: (8 + 32 / 256) / 8 / 64, False: 4 / 64}  # bytes a weight; one of 8 bits, or of fp32, for 64 weights
-BATCH_BYTES = (
-    88  # a token: ids, positions, documents, branches, targets, weights and sequences as they lie on the device
-)
+BATCH_BYTES = 88  # a token: its ids, positions, document, branch, target, weight and sequence
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def training(
         weights = float(everything * stored + (shape.in_linears * c if casts else 0))
     elif model.load_in_4bit:
         weights = shape.in_linears * (0.5 + NF4_SCALES[model.bnb_4bit_use_double_quant]) + beside * c
-        weights += 2 * shape.hidden * shape.inner * c  # two of the widest, as they are multiplied with
+        weights += shape.hidden * shape.inner * c  # the buffer in which the widest is multiplied with
     else:
         weights = everything * c
     state = trained * STATE_BYTES.get(train.optim, 2.0 * stored)
@@ -169,9 +167,12 @@ def training(
     }
     if recipe.stage == "dpo":
         fixed["reference"] = _reference(adapter, trained * stored, reference, c)
-    kept = _layer(shape, c, stream=stored if casts else c, unfused=casts, adapter=adapter)
-    inputs = shape.hidden * (stored if casts else c)
-    held = shape.layers * inputs + kept if train.activation_checkpointing else shape.layers * kept
+    stream = stored if casts else c
+    kept = _layer(shape, c, stream=stream, unfused=casts, adapter=adapter)
+    inputs, held = shape.hidden * stream, shape.layers * kept
+    if train.activation_checkpointing:  # what one layer makes again comes on top of what all keep
+        fewer = _layer(shape, c, stream=stream, unfused=casts, adapter=adapter, selective=True)
+        held = shape.layers * (inputs if train.activation_checkpointing is True else fewer) + kept
     picked = 3 * shape.hidden * c + inputs  # where the head reads: states, their gradient and its sum
     return Footprint(fixed, held + _working(shape, c) + picked + BATCH_BYTES, state if "paged" in train.optim else 0.0)
 
@@ -183,22 +184,29 @@ def scoring(config: PretrainedConfig, compute: torch.dtype) -> Footprint:
     return Footprint({"weights": (shape.in_linears + shape.beside(reward=True)) * c}, token)
 
 
-def _layer(shape: Shape, c: int, *, stream: int, unfused: bool, adapter: AdapterSection | None) -> float:
+def _layer(
+    shape: Shape, c: int, *, stream: int, unfused: bool, adapter: AdapterSection | None, selective: bool = False
+) -> float:
     """Bytes a token that a layer keeps for its backward; `c` is the size of a number, `stream` that of the residual.
 
     The input of the layer and the residual after attention, from which the norms are made again; what the norms give,
     which linears with adapters keep once for all that read it and autocast casts for each; q, k and v after rotation;
-    the output of attention with a logarithm for each head; gate and up, and their product.
+    the output of attention with a logarithm for each head; gate and up, and their product where a linear that is not
+    fused reads it. `selective`ly, neither what the norms give nor anything of the MLP.
     """
-    readers = (3, 2) if unfused else (1, 1)
-    kept = 2 * shape.hidden * stream + sum(readers) * shape.hidden * c + 8
+    kept = 2 * shape.hidden * stream + 8
     kept += (2 * shape.query + 2 * shape.keys) * c + 4 * shape.heads
-    kept += 3 * shape.inner * c
+    apart = adapter is None or adapter.use_dora
+    if not selective:
+        kept += ((3 + 2 if unfused else 2) * shape.hidden + (3 if apart else 2) * shape.inner) * c
+    elif unfused:
+        kept += 3 * shape.hidden * c  # as autocast casts it for q, k and v
     if adapter is None:
         return kept
-    targets = {name: size for name, size in shape.linears.items() if _is_target(adapter, name)}
+    mlp = ("gate_proj", "up_proj", "down_proj") if selective else ()
+    targets = {name: size for name, size in shape.linears.items() if _is_target(adapter, name) and name not in mlp}
     kept += len(targets) * adapter.r * c
-    if adapter.lora_dropout or adapter.use_dora:  # each adapter keeps an input of its own, and what of it is left out
+    if adapter.use_dora:  # each adapter keeps an input of its own, and what of it is left out
         kept += sum(inputs for inputs, _ in targets.values()) * 2 * c
     return kept
 
@@ -210,7 +218,7 @@ def _working(shape: Shape, c: int) -> float:
 
 def _head(shape: Shape, c: int, kind: str, *, trains: bool) -> float:
     """A chunk of logits in fp32 and in the compute dtype; where the head trains, its fp32 gradient and two casts."""
-    chunk = max(CHUNK_BYTES_CUDA if kind == "cuda" else CHUNK_BYTES_CPU, 4 * ROW_MULTIPLE * shape.vocabulary)
+    chunk = 4 * rows_at_once(shape.vocabulary, kind) * shape.vocabulary
     return chunk * (1 + c / 4) + (shape.in_table * (4 + 2 * c) if trains else 0)
 
 
@@ -276,8 +284,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
             "or give a number here to try it all the same"
         )
     room = (SHARE[kind] * total - fixed) / footprint.token
-    step = STEP if room >= STEP else ROW_MULTIPLE
-    fits = max(0, int(room) // step * step)
+    multiple = MULTIPLE if room >= MULTIPLE else ROW_MULTIPLE
+    fits = max(0, int(room) // multiple * multiple)
     beside = f"{fixed / 1e9:,.2f} GB, at {footprint.token / 1e6:,.2f} MB a token"
     filled = f"{100 * SHARE[kind]:.0f}% of {total / 1e9:,.1f} GB"
     if min(fits, MOST_TOKENS[kind]) < max_length:
@@ -286,7 +294,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
         return Choice(
             max_length,
             f"the longest sample that data.max_length allows, while the estimate gives {fits:,} ({filled} beside "
-            f"{beside}); should memory run out, lower data.max_length, or set train.activation_checkpointing: true",
+            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or lower "
+            "data.max_length",
         )
     if fits >= MOST_TOKENS[kind]:
         return Choice(MOST_TOKENS[kind], "more would fit, and be no faster")
