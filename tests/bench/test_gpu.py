@@ -158,19 +158,33 @@ def test_wheels_are_unpacked_onto_the_path(tmp_path: Path, monkeypatch: pytest.M
     assert str(tmp_path / "unpacked") in common.variables("default")["PYTHONPATH"]
 
 
+LACKING = ("pydantic", "pydantic_core", "ruamel", "datasets", "trl", "bitsandbytes", "typer", "rich")
+
+
+def lacking(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process where these packages cannot be imported."""
+    environment = common.variables("default") | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] += f":{Path(gpu.__file__).parent}"
+    code = f"import sys\nsys.modules.update(dict.fromkeys({LACKING}))\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=common.ROOT, capture_output=True, text=True, check=False
+    )
+
+
 def test_it_runs_without_what_a_gpu_machine_may_lack() -> None:
-    """In a process where these packages cannot be imported: a side of each part trains."""
-    code = """
-import sys
-lacking = ("pydantic", "pydantic_core", "ruamel", "datasets", "trl", "bitsandbytes", "typer", "rich")
-sys.modules.update(dict.fromkeys(lacking))
+    """A side of each part trains."""
+    done = lacking("""
 import gpu, gpu_sides, ops
 assert "qlora" not in gpu.available(gpu.SFT) and "triton" in gpu.available(gpu.SFT)
 rate = gpu_sides.sft("reference", True, "short")["tokens_per_second"]
 print(rate > 0, gpu_sides.dpo("tuner", True)["first_losses"][0])
-"""
-    environment = common.variables("default") | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] += f":{Path(gpu.__file__).parent}"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+""")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "True 0.6931471824645996"
+
+
+def test_the_kernel_tests_are_found_without_it_too() -> None:
+    """One module that cannot be imported would end the part before its first test."""
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/kernels"]
+    done = lacking(f"import pytest\nsys.exit(pytest.main({options}))")
+    assert done.returncode == 0, done.stdout[-3000:]
