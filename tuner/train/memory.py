@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,48 +168,45 @@ def training(
     }
     if recipe.stage == "dpo":
         fixed["reference"] = _reference(adapter, trained * stored, reference, c)
-    stream = stored if casts else c
-    kept = _layer(shape, c, stream=stream, unfused=casts, adapter=adapter)
-    inputs, held = shape.hidden * stream, shape.layers * kept
-    if train.activation_checkpointing:  # what one layer makes again comes on top of what all keep
-        fewer = _layer(shape, c, stream=stream, unfused=casts, adapter=adapter, selective=True)
-        held = shape.layers * (inputs if train.activation_checkpointing is True else fewer) + kept
+    wide = casts or (adapter is not None and bool(adapter.modules_to_save) and c < 4)  # fp32 between its parts
+    layer = partial(_layer, shape, c, stream=4 if wide else c, casts=wide, adapter=adapter)
+    inputs = shape.hidden * (4 if wide else c)
+    of_layer = {False: layer(), "selective": layer(selective=True), True: float(inputs)}
+    held = shape.layers * of_layer[train.activation_checkpointing]
+    again = layer() if train.activation_checkpointing else 0.0  # of the one layer that is made again
     picked = 3 * shape.hidden * c + inputs  # where the head reads: states, their gradient and its sum
-    return Footprint(fixed, held + _working(shape, c) + picked + BATCH_BYTES, state if "paged" in train.optim else 0.0)
+    token = held + again + _working(shape, c) + picked + BATCH_BYTES
+    return Footprint(fixed, token, state if "paged" in train.optim else 0.0)
 
 
 def scoring(config: PretrainedConfig, compute: torch.dtype) -> Footprint:
     """What a reward model takes that only scores: its weights, and one layer at a time."""
     shape, c = Shape.of(config), compute.itemsize
-    token = _layer(shape, c, stream=c, unfused=True, adapter=None) + BATCH_BYTES
+    token = _layer(shape, c, stream=c, casts=True, adapter=None) + BATCH_BYTES
     return Footprint({"weights": (shape.in_linears + shape.beside(reward=True)) * c}, token)
 
 
 def _layer(
-    shape: Shape, c: int, *, stream: int, unfused: bool, adapter: AdapterSection | None, selective: bool = False
+    shape: Shape, c: int, *, stream: int, casts: bool, adapter: AdapterSection | None, selective: bool = False
 ) -> float:
     """Bytes a token that a layer keeps for its backward; `c` is the size of a number, `stream` that of the residual.
 
     The input of the layer and the residual after attention, from which the norms are made again; what the norms give,
-    which linears with adapters keep once for all that read it and autocast casts for each; q, k and v after rotation;
-    the output of attention with a logarithm for each head; gate and up, and their product where a linear that is not
-    fused reads it. `selective`ly, neither what the norms give nor anything of the MLP.
+    once for all that read it, or with `casts` once for each; q, k and v after rotation; the output of attention with a
+    logarithm for each head; gate and up; and their product where no fused adapter makes it again. With `selective` what
+    the norms give and the MLP are made again too.
     """
-    kept = 2 * shape.hidden * stream + 8
-    kept += (2 * shape.query + 2 * shape.keys) * c + 4 * shape.heads
-    apart = adapter is None or adapter.use_dora
-    if not selective:
-        kept += ((3 + 2 if unfused else 2) * shape.hidden + (3 if apart else 2) * shape.inner) * c
-    elif unfused:
-        kept += 3 * shape.hidden * c  # as autocast casts it for q, k and v
-    if adapter is None:
-        return kept
-    mlp = ("gate_proj", "up_proj", "down_proj") if selective else ()
-    targets = {name: size for name, size in shape.linears.items() if _is_target(adapter, name) and name not in mlp}
-    kept += len(targets) * adapter.r * c
-    if adapter.use_dora:  # each adapter keeps an input of its own, and what of it is left out
-        kept += sum(inputs for inputs, _ in targets.values()) * 2 * c
-    return kept
+    plain = adapter is None or adapter.use_dora
+    kept = 2 * shape.hidden * stream + (2 * shape.query + 2 * shape.keys) * c + 4 * shape.heads + 8
+    if adapter is not None:
+        targets = {name: size for name, size in shape.linears.items() if _is_target(adapter, name)}
+        kept += len(targets) * adapter.r * c
+        if adapter.use_dora:  # each adapter keeps an input of its own, and what it gives
+            kept += sum(inputs for inputs, _ in targets.values()) * 2 * c
+    if selective:
+        return kept + (3 * shape.hidden * c if casts else 0)
+    remade = not plain and stream == c
+    return kept + (5 if casts else 2) * shape.hidden * c + (2 if remade else 3) * shape.inner * c
 
 
 def _working(shape: Shape, c: int) -> float:
@@ -294,8 +292,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
         return Choice(
             max_length,
             f"the longest sample that data.max_length allows, while the estimate gives {fits:,} ({filled} beside "
-            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or lower "
-            "data.max_length",
+            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or "
+            "lower data.max_length",
         )
     if fits >= MOST_TOKENS[kind]:
         return Choice(MOST_TOKENS[kind], "more would fit, and be no faster")
