@@ -179,6 +179,10 @@ def test_a_key_from_elsewhere_is_told_where_it_belongs(write: Write, override: s
         ("train.optim=adamw_torh", "got 'adamw_torh' (did you mean 'adamw_torch'?)"),
         ("train=3", "train: expected a section of keys, got 3"),
         ("adapter.lora_dropout=1", "adapter.lora_dropout: expected a number below 1, got 1"),
+        (
+            "train.activation_checkpointing=selectiv",
+            "expected true or false or 'selective', got 'selectiv' (did you mean 'selective'?)",
+        ),
         ("adapter.init_lora_weights=pisa", "'pissa_niter_N', got 'pisa' (did you mean 'pissa'?)"),
         ("data.packing=no", "data.packing: expected true or false, got 'no'"),
         ("data.eval=2", "data.eval: expected a number below 1, got 2"),

@@ -41,6 +41,7 @@ DPO: dict[str, dict[str, Any]] = {
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "triton": {"backend": "triton", "trains": "lora", "checkpointing": False},
+    "triton-selective": {"backend": "triton", "trains": "lora", "checkpointing": "selective"},
     "triton-checkpointing": {"backend": "triton", "trains": "lora", "checkpointing": True},
     "reference": {"backend": "reference", "trains": "lora", "checkpointing": False},
     "qlora-checkpointing": {"backend": "triton", "trains": "qlora", "checkpointing": True},

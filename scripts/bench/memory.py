@@ -27,13 +27,17 @@ from common import Side
 
 STEPS = 3
 SIDES: dict[str, dict[str, Any]] = {
-    f"{side}{'-checkpointing' if checkpointing else ''}": {"checkpointing": checkpointing}
-    for side in ("tuner", "trl")
-    for checkpointing in (False, True)
+    "tuner": {"checkpointing": False},
+    "tuner-selective": {"checkpointing": "selective"},
+    "tuner-checkpointing": {"checkpointing": True},
+    "trl": {"checkpointing": False},
+    "trl-checkpointing": {"checkpointing": True},
 }
 
 
-def run_tuner(shape: models.Shape, trains: str, checkpointing: bool, lengths: list[int], steps: int) -> dict[str, Any]:
+def run_tuner(
+    shape: models.Shape, trains: str, checkpointing: bool | str, lengths: list[int], steps: int
+) -> dict[str, Any]:
     """Steps of our loop over all rows at once."""
     method = synthetic.Method(trains, "auto", checkpointing)
     policy = synthetic.make_policy(shape, method, synthetic.find_device(), torch.bfloat16, max(lengths))

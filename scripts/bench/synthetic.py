@@ -29,7 +29,7 @@ from tuner.data.plan import Plan
 from tuner.model.fuse import fuse
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
-from tuner.train.loop import ROW_MULTIPLE, Loop
+from tuner.train.loop import LAG, ROW_MULTIPLE, Loop, Progress, StepReport
 from tuner.train.optim import clip
 from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens, span
@@ -87,11 +87,11 @@ def ideal_sharing(pairs: Sequence[Tokens]) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is trained: `lora`, `qlora` or `full`, on a backend, with or without checkpointing."""
+    """How a model is trained: `lora`, `qlora` or `full`, on a backend, with what the recipe calls checkpointing."""
 
     trains: str = "lora"
     backend: str = "auto"
-    checkpointing: bool = False
+    checkpointing: bool | str = False  # or `selective`
 
 
 def random_llama(
@@ -143,12 +143,12 @@ def make_policy(shape: Shape, method: Method, device: torch.device, dtype: torch
     """The policy that `tuner` would train: adapter, fused modules, kernels and attention of its backend."""
     lm = random_llama(shape, device, dtype, positions, method.trains)
     model = lm if method.trains == "full" else adapted(lm)
-    if method.checkpointing:
+    if method.checkpointing is True:
         _checkpoint(lm)
     backend, _ = kernels.resolve_backend(method.backend, device)
     attention, _ = kernels.resolve_attention("auto", device, dtype, backend)
     functions = kernels.load(backend, attention)
-    fuse(model, functions)
+    fuse(model, functions, selective=method.checkpointing == "selective")
     return Policy(model, compute_dtype=dtype, kernels=functions, attn_implementation=attention)
 
 
@@ -231,24 +231,28 @@ def steps(
     loop = Loop(
         policy=policy, module=policy, optimizer=torch.optim.AdamW(trained, lr=RATE, fused=True),
         schedule=lambda _: RATE, stage=stage, samples=samples, plan=plan, devices=Devices(device, 0, 1),
+        lag=LAG[device.type], ahead=LAG[device.type] > 0,
     )  # fmt: skip
     before = held_bytes(device)
     reset_peak(device)
-    reports, times = [], []
-    for step in range(warm_up + count):
-        synchronize(device)
-        started = time.perf_counter()
-        reports.append(loop.step(step))
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    total, counted = sum(times[warm_up:]), range(warm_up, warm_up + count)
-    tokens = sum(len(samples[i]) for step in counted for i in plan.samples(step))
+    losses, times = list[float](), [time.perf_counter()]
+
+    def after(progress: Progress, report: StepReport) -> bool:
+        losses.append(float(next(iter(report.losses.values()))))
+        if progress.step in (warm_up, warm_up + count):
+            synchronize(device)
+            times.append(time.perf_counter())
+        return True
+
+    loop.run(Progress(), after, lambda step: step in (warm_up, warm_up + count))
+    started, ended = times[-2:]
+    counted = [i for step in range(warm_up, warm_up + count) for i in plan.samples(step)]
     return {
-        "tokens_per_second": tokens / total,
-        "samples_per_second": sum(len(plan.samples(step)) for step in counted) / total,
-        "step_seconds": statistics.median(times[warm_up:]),
-        "warm_up_seconds": sum(times[:warm_up]),
-        "first_losses": [float(next(iter(report.losses.values()))) for report in reports[:3]],
+        "tokens_per_second": sum(len(samples[i]) for i in counted) / (ended - started),
+        "samples_per_second": len(counted) / (ended - started),
+        "step_seconds": (ended - started) / count,
+        "warm_up_seconds": started - times[0],
+        "first_losses": losses[:3],
         **memory(device, before),
     }
 

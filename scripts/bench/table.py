@@ -58,7 +58,13 @@ class Section:
 
 def two(how: str) -> dict[str, str]:
     """The sides of peak memory, of one way to train."""
-    return {"tuner": f"tuner, {how}", "tuner-checkpointing": "... checkpointing", "trl": f"TRL, {how}"}
+    return {
+        "tuner": f"tuner, {how}",
+        "tuner-selective": "... selective checkpointing",
+        "tuner-checkpointing": "... checkpointing",
+        "trl": f"TRL, {how}",
+        "trl-checkpointing": "... checkpointing",
+    }
 
 
 LADDER = {
@@ -140,7 +146,12 @@ SECTIONS: tuple[Section, ...] = (
         "longest context of an 8B Llama on a GPU, tokens",
         "h200-memory",
         "longest context, one document",
-        {"triton": "tuner", "triton-checkpointing": "... checkpointing", "qlora-checkpointing": "... and a 4-bit base"},
+        {
+            "triton": "tuner",
+            "triton-selective": "... selective checkpointing",
+            "triton-checkpointing": "... checkpointing",
+            "qlora-checkpointing": "... and a 4-bit base",
+        },
     ),
     Section("kernels on a GPU, forward and backward, ms, against eager torch", "h200-kernels", "", {}),
     *kernels("h200-kernels", "triton"),

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -234,12 +235,11 @@ BEST = {"bf16": True, "gradient_checkpointing": False, "model_init_kwargs": {"dt
 def quickest(
     script: str, candidates: Mapping[str, common.Side], arguments: Sequence[str], headline: str
 ) -> tuple[str, dict[str, float]]:
-    """The side that is quickest in one process each, and what each of them made."""
-    tried = {
-        side: common.child(script, side, *arguments, environment=how.environment)[headline]
-        for side, how in candidates.items()
-    }
-    print("tried: " + ", ".join(f"{side} {rate:,.2f}" for side, rate in tried.items()), flush=True)
+    """The side that is quickest in one process each, and what each of them made; one that fails is no candidate."""
+    turns = common.take_turns(script, candidates, arguments, 1, headline)
+    tried = {side: float(runs[0][headline]) for side, runs in turns.runs.items() if runs}
+    if not tried:
+        sys.exit(f"none of them ran: {'; '.join(turns.notes)}")
     return max(tried, key=lambda side: tried[side]), tried
 
 

@@ -111,7 +111,7 @@ def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing() -> Non
 
     bare = kept(256)
     assert 4 * shape.hidden < bare < 4 * 400 * shape.hidden  # a layer keeps a few states a token, not hundreds
-    assert kept(256, checkpointing=True) < bare
+    assert kept(256, checkpointing=True) < kept(256, checkpointing="selective") < bare
 
 
 @pytest.mark.parametrize("name", kernel_ops.OPS)
@@ -156,3 +156,21 @@ def test_wheels_are_unpacked_onto_the_path(tmp_path: Path, monkeypatch: pytest.M
     assert gpu.unpack(tmp_path / "wheels", tmp_path / "unpacked") == ["carried-1.0-py3-none-any.whl"]
     assert __import__("carried_for_the_gpu").value == 7
     assert str(tmp_path / "unpacked") in common.variables("default")["PYTHONPATH"]
+
+
+def test_it_runs_without_what_a_gpu_machine_may_lack() -> None:
+    """In a process where these packages cannot be imported: a side of each part trains."""
+    code = """
+import sys
+lacking = ("pydantic", "pydantic_core", "ruamel", "datasets", "trl", "bitsandbytes", "typer", "rich")
+sys.modules.update(dict.fromkeys(lacking))
+import gpu, gpu_sides, ops
+assert "qlora" not in gpu.available(gpu.SFT) and "triton" in gpu.available(gpu.SFT)
+rate = gpu_sides.sft("reference", True, "short")["tokens_per_second"]
+print(rate > 0, gpu_sides.dpo("tuner", True)["first_losses"][0])
+"""
+    environment = common.variables("default") | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] += f":{Path(gpu.__file__).parent}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 0.6931471824645996"

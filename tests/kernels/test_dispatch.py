@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from tuner import kernels
+from tuner import recipe as recipes
 from tuner.errors import RecipeError
 from tuner.kernels import attention
+from tuner.stages import prepare
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -58,6 +63,30 @@ def test_attention_that_cannot_run_says_what_to_do(
 ) -> None:
     with pytest.raises(RecipeError, match=f"model.attn_implementation: {message}"):
         kernels.resolve_attention(name, device, dtype, "reference")
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"head_dim": 256}, "its heads have up to 128 dimensions, and those of this model 256"),
+        ({"dropout": 0.1}, "it has no dropout of attention weights, .*config.json sets attention_dropout: 0.1"),
+    ],
+)
+def test_a_model_that_the_kernel_cannot_serve(model: dict[str, float], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"model.attn_implementation: triton cannot run: {message}"):
+        kernels.resolve_attention("triton", CUDA, torch.bfloat16, "triton", **model)
+    name, why = kernels.resolve_attention("auto", CUDA, torch.bfloat16, "triton", **model)
+    assert name == "tuner_varlen" and re.search(message, why)
+    assert kernels.resolve_attention("tuner_varlen", CUDA, torch.bfloat16, "triton", **model)[0] == "tuner_varlen"
+
+
+def test_a_run_asks_with_the_config_of_its_model(recipe_file: Path, tiny_model_dir: Path) -> None:
+    file = tiny_model_dir / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.1}))
+    asked = recipes.load(recipe_file, ["stage=sft", "model.attn_implementation=triton"])
+    with pytest.raises(RecipeError, match="triton cannot run: .* sets attention_dropout: 0.1"):
+        prepare.machine(asked, resume=False)
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)

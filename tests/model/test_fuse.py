@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from tuner import kernels
 from tuner.data.pack import pack
 from tuner.kernels.lora_linear import node
 from tuner.kernels.rope import reference as rope
@@ -198,6 +199,14 @@ def test_masters_in_fp32_over_a_bf16_base(make_model: Make) -> None:
         assert error <= 1.5 * allowed, name
 
 
+@pytest.mark.parametrize(("settings", "selective"), [({}, False), ({"lora_dropout": 0.2}, True)])
+def test_the_triton_backend_is_the_stock_model(make_model: Make, settings: dict[str, Any], selective: bool) -> None:
+    lm = adapted(make_model(attention_bias=True), **settings)
+    fused = copy.deepcopy(lm)
+    fuse(fused, kernels.load("triton"), selective=selective)
+    assert_same(results(fused), results(lm))
+
+
 # --- 4-bit ---
 
 
@@ -232,6 +241,12 @@ def test_a_4bit_base_is_its_dequantised_matrix(
     assert_same(results(lm), results(plain))
     for name, parameter in lm.named_parameters():  # not repacked, whatever the mode
         assert name not in packed or torch.equal(parameter, packed[name])
+
+
+def test_a_4bit_base_on_the_triton_backend(base_4bit: nn.Module, make_model: Make) -> None:
+    plain, lm = adapted(dequantized(base_4bit, make_model)), adapted(base_4bit)
+    fuse(lm, kernels.load("triton"))
+    assert_same(results(lm), results(plain))
 
 
 def test_an_unadapted_4bit_linear_passes_gradients_on(base_4bit: nn.Module, make_model: Make) -> None:

@@ -73,6 +73,7 @@ KINDS: dict[str, list[str]] = {
     "saved modules": ["adapter.modules_to_save=[embed_tokens, lm_head]"],
     "attention only": ["adapter.target_modules=[q_proj, v_proj]"],
     "checkpointed": ["train.activation_checkpointing=true"],
+    "selective": ["train.activation_checkpointing=selective", "adapter.lora_dropout=0.1"],
     "unpacked": ["data.packing=false"],
     "eager": ["model.attn_implementation=eager"],
     "bf16": ["model.dtype=bfloat16"],

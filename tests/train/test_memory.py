@@ -19,7 +19,7 @@ from tuner.model.adapter import attach
 from tuner.model.fuse import fuse
 from tuner.model.policy import Policy
 from tuner.recipe import Recipe
-from tuner.stages import prepare
+from tuner.stages.machine import find_machine
 from tuner.train import memory
 from tuner.train.memory import BATCH_BYTES, MOST_TOKENS, SHARE, Shape, largest, microbatch, scoring, training
 from tuner.train.setup import Devices
@@ -224,7 +224,9 @@ def test_it_says_why() -> None:
     long = largest(footprint, 1e15, "cuda", 100_000)
     assert long.tokens == 100_000 and "data.max_length" in long.why
     tight = largest(footprint, 24 * GB, "cuda", 4096)
-    assert tight.tokens == 4096 and "set train.activation_checkpointing, or lower data.max_length" in tight.why
+    assert (
+        tight.tokens == 4096 and "set train.activation_checkpointing: selective, or lower data.max_length" in tight.why
+    )
 
 
 def test_a_device_that_is_too_small_is_an_error_with_the_remedy() -> None:
@@ -276,18 +278,18 @@ def test_a_run_decides_once_and_says_so(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = recipes.load(recipe_file, [], stage="sft")
-    whole = prepare.machine(given, resume=False)
+    whole = find_machine(given, resume=False)
     assert whole.recipe.train.microbatch_tokens == whole.microbatch.tokens == 4096
     footprint = training(given, LlamaConfig.from_pretrained(given.model.name_or_path), FP32, "cpu")
     room = (footprint.total_fixed + 1000 * footprint.token) / SHARE["cpu"]
     monkeypatch.setattr(memory, "total_memory", lambda _: room)
     assert microbatch(given, CPU).tokens == 960
-    small = prepare.machine(given, resume=False).recipe
+    small = find_machine(given, resume=False).recipe
     assert small.train.microbatch_tokens == 960
     run = Path(given.train.output_dir)
     run.mkdir()
     (run / "recipe.yaml").write_text(recipes.dump(whole.recipe))
-    resumed = prepare.machine(given, resume=True)
+    resumed = find_machine(given, resume=True)
     assert resumed.recipe.train.microbatch_tokens == 4096, "another machine goes on with what was decided"
     asked = recipes.load(recipe_file, ["train.microbatch_tokens=77"], stage="sft")
     assert microbatch(asked, CPU) == memory.Choice(77, "as the recipe says")

@@ -94,6 +94,8 @@ def resolve_backend(name: str, device: torch.device) -> tuple[str, str]:
     return name, "as the recipe says"
 
 
-def resolve_attention(name: str, device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, str]:
-    """The same of `model.attn_implementation`, for a backend that `resolve_backend` gave."""
-    return attention.resolve(name, device, dtype, backend, interpreted=INTERPRETED)
+def resolve_attention(
+    name: str, device: torch.device, dtype: torch.dtype, backend: str, *, head_dim: int = 64, dropout: float = 0.0
+) -> tuple[str, str]:
+    """The same of `model.attn_implementation`, for a backend that `resolve_backend` gave and a model's config."""
+    return attention.resolve(name, device, dtype, backend, head_dim=head_dim, dropout=dropout, interpreted=INTERPRETED)

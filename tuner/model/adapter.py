@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,15 +19,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tuner.errors import ModelError, RecipeError, first_line
+from tuner.model.adapted import ADAPTER, starts_off_zero
 from tuner.model.load import base_fingerprint
 from tuner.recipe import AdapterSection, ModelSection
 from tuner.registry import did_you_mean
 
-ADAPTER = "default"
 META_FILE = "tuner.json"
 HEADS = ("lm_head", "score")
 _QUANTIZATION = {"type", "double_quant", "compute_dtype"}
-LanguageModel: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -134,16 +133,6 @@ def check_continues(path: Path, base_sha256: str, quantization: Mapping[str, Any
 def task_of(base: PreTrainedModel) -> str:
     """What peft calls the task of a model; with `SEQ_CLS` it trains and saves the score head too."""
     return "SEQ_CLS" if isinstance(base, GenericForSequenceClassification) else "CAUSAL_LM"
-
-
-def is_adapted(lm: LanguageModel) -> TypeGuard[PeftModel]:
-    """Whether a model carries an adapter."""
-    return isinstance(lm, PeftModel)
-
-
-def starts_off_zero(model: PeftModel) -> bool:
-    """Whether the base was changed at the start to make room for the adapter (PiSSA, arXiv:2404.02948)."""
-    return str(model.peft_config[ADAPTER].init_lora_weights).startswith("pissa")
 
 
 def adapter_scales(model: nn.Module) -> dict[str, dict[str, float]]:

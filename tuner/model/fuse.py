@@ -3,7 +3,8 @@
 A swap changes the class of one instance to a subclass that overrides `forward`: parameters, state-dict keys and
 isinstance checks stay as they were, and peft merges, saves and disables adapters as before. What a fused forward does
 not cover (DoRA, several active adapters, merged weights) runs the original forward. The arithmetic is that of
-`tuner.kernels`; each swapped module holds the functions of its run.
+`tuner.kernels`; each swapped module holds the functions of its run, and each layer whether it keeps what its backward
+needs or makes part of it again.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def _viewed(again: Callable[[], Tensor], shape: torch.Size) -> Tensor:
 
 
 def _selective_layer_forward(layer: Any, x: Tensor, at: Tensor | None, **kwargs: Any) -> Tensor:
-    """The same, of which attention alone is kept: the norms and the MLP up to its last linear are made again."""
+    """A decoder layer whose backward makes the norms and the MLP again, but for its last linear; attention is kept."""
     normed = layer.input_layernorm(x)
     with _not_kept(normed, partial(layer.input_layernorm, x.detach())):
         attended, _ = layer.self_attn(normed, only_at=at, **kwargs)

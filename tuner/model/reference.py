@@ -14,7 +14,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from tuner.model.adapter import is_adapted, starts_off_zero
+from tuner.model.adapted import is_adapted, starts_off_zero
 from tuner.model.policy import Policy
 from tuner.types import Batch
 

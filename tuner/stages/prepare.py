@@ -31,8 +31,8 @@ from tuner.data.stream import Split, choose_template, holdout, load_split, make_
 from tuner.data.templates import Template, control_ids, fingerprint
 from tuner.errors import DataError, RecipeError, TunerError, printable
 from tuner.evaluate import Question, read_questions
+from tuner.model.adapted import LanguageModel
 from tuner.model.adapter import (
-    LanguageModel,
     adapter_directory,
     attach,
     check_continues,
@@ -114,15 +114,25 @@ def machine(recipe: Recipe, *, resume: bool) -> Machine:
             recipe, {k: before[k] for k in AUTOMATIC if given.get(k) in ("auto", None) and before.get(k) is not None}
         )
     model, train = recipe.model, recipe.train
-    commit = find_checkpoint(model.name_or_path, model.revision).commit
+    checkpoint = find_checkpoint(model.name_or_path, model.revision)
+    config = load_config(checkpoint)
     dtype = resolve_dtype(model.dtype, devices.device)
     backend, why = kernels.resolve_backend(model.kernels, devices.device)
-    attention, why_attention = kernels.resolve_attention(model.attn_implementation, devices.device, dtype, backend)
+    attention, why_attention = kernels.resolve_attention(
+        model.attn_implementation,
+        devices.device,
+        dtype,
+        backend,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dropout=0.0 if recipe.stage in PREFERENCE else config.attention_dropout,  # which these set to zero
+    )
     threads = resolve_threads(train.threads, devices.world_size)
     recipe = recipes.resolved(
         recipe,
         {
-            **({} if commit is None else {"model.revision": commit}),  # asked once; a branch may move meanwhile
+            **(
+                {} if checkpoint.commit is None else {"model.revision": checkpoint.commit}
+            ),  # asked once; a branch may move meanwhile
             "model.dtype": str(dtype).removeprefix("torch."),
             "model.attn_implementation": attention,
             "model.kernels": backend,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tuner.checkpoint import RunDir
-from tuner.model.adapter import AdapterMeta, LanguageModel, is_adapted, save_adapter
+from tuner.model.adapted import LanguageModel, is_adapted
+from tuner.model.adapter import AdapterMeta, save_adapter
 from tuner.model.load import SCORE, set_padding, set_token_ids
 from tuner.recipe import Recipe
 

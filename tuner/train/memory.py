@@ -156,7 +156,7 @@ def training(
         weights = float(everything * stored + (shape.in_linears * c if casts else 0))
     elif model.load_in_4bit:
         weights = shape.in_linears * (0.5 + NF4_SCALES[model.bnb_4bit_use_double_quant]) + beside * c
-        weights += 2 * shape.hidden * shape.inner * c  # two of the widest, as they are multiplied with
+        weights += shape.hidden * shape.inner * c  # the buffer in which the widest is multiplied with
     else:
         weights = everything * c
     state = trained * STATE_BYTES.get(train.optim, 2.0 * stored)
@@ -292,7 +292,8 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
         return Choice(
             max_length,
             f"the longest sample that data.max_length allows, while the estimate gives {fits:,} ({filled} beside "
-            f"{beside}); should memory run out, set train.activation_checkpointing, or lower data.max_length",
+            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or "
+            "lower data.max_length",
         )
     if fits >= MOST_TOKENS[kind]:
         return Choice(MOST_TOKENS[kind], "more would fit, and be no faster")

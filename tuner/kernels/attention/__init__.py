@@ -26,6 +26,9 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "flash_attention_3": ("varlen", "flash_attention_3"),
     }
 )
+MAX_HEAD_DIM: Mapping[str, int] = MappingProxyType(
+    {"triton": 128, "varlen": 256, "flash_attention_2": 256, "flash_attention_3": 256}
+)
 PACKAGES = {"triton": "triton", "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -37,8 +40,22 @@ def load(name: str) -> Attention:
     return loaded
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, interpreted: bool = False) -> str | None:
-    """Why an implementation cannot run here, as part of a sentence; None where it can."""
+def why_not(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 64,
+    dropout: float = 0.0,
+    interpreted: bool = False,
+) -> str | None:
+    """Why an implementation cannot run here, as part of a sentence; None where it can.
+
+    Args:
+        head_dim: of the model.
+        dropout: of attention weights, which the model will train with.
+        interpreted: whether Triton runs its kernels on CPUs.
+    """
     if name == REFERENCE:
         return None
     package = PACKAGES.get(name)
@@ -51,13 +68,24 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, interpreted: bo
         return f"it computes in bfloat16 or float16, and this run in {str(dtype).removeprefix('torch.')}"
     if name == "varlen" and find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no varlen_attn"
+    if head_dim > MAX_HEAD_DIM[name]:
+        return f"its heads have up to {MAX_HEAD_DIM[name]} dimensions, and those of this model {head_dim}"
+    if dropout:
+        return f"it has no dropout of attention weights, and the model's config.json sets attention_dropout: {dropout}"
     return None
 
 
 def resolve(
-    name: str, device: torch.device, dtype: torch.dtype, backend: str, interpreted: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    head_dim: int = 64,
+    dropout: float = 0.0,
+    interpreted: bool = False,
 ) -> tuple[str, str]:
-    """`auto` -> the implementation that goes with the device and the backend, and why; an explicit name is checked.
+    """`auto` -> the implementation that goes with device, backend and model, and why; an explicit name is checked.
 
     On a GPU that is the Triton kernel: like torch's and FlashAttention's it skips what is masked, and besides it reads
     a shared trunk where it lies and gives the same bytes every time.
@@ -65,11 +93,16 @@ def resolve(
     Raises:
         RecipeError: the implementation that was asked for cannot run here.
     """
+    asked = "triton" if name == "auto" and backend == "triton" else name
+    missing = None
+    if asked in IMPLEMENTATIONS:
+        missing = why_not(asked, device, dtype, head_dim=head_dim, dropout=dropout, interpreted=interpreted)
     if name == "auto":
-        if backend == "triton":
+        if asked == "triton" and missing is None:
             return "triton", "packed rows, shared prefixes and the same bytes every time on a GPU"
-        return REFERENCE, "each segment by itself, in plain torch"
-    if name in IMPLEMENTATIONS and (missing := why_not(name, device, dtype, interpreted)):
+        why = f"; the Triton kernel cannot run: {missing}" if missing else ""
+        return REFERENCE, f"each segment by itself, in plain torch{why}"
+    if missing:
         raise RecipeError(
             f"model.attn_implementation: {name} cannot run: {missing}; set model.attn_implementation: auto"
         )

@@ -72,6 +72,8 @@ def _attend(
     """`call` over rows `[N, heads, D]` and their sequences; takes and gives what `reference.attention` does."""
     if dropout:
         raise ValueError("kernels over sequences have no dropout of attention weights; use tuner_varlen")
+    if not plan:
+        return query.transpose(1, 2)  # of a row without tokens, as it is itself
     laid = sequences(plan, query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if laid.keys is not None:

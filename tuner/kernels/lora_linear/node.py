@@ -74,7 +74,7 @@ def _drawn_again(state: Tensor, device: torch.device) -> Iterator[None]:
 
 
 def _dropped(x: Tensor, p: float, state: Tensor) -> Tensor:
-    """`x` with what `state` drops of it, the rest scaled up; its own gradient too."""
+    """What the dropout that began at `state` leaves of `x`, scaled up; of a gradient too."""
     with _drawn_again(state, x.device):
         return F.dropout(x, p)
 
@@ -128,15 +128,13 @@ def _grad_x(
 
 
 def _grads_a(
-    u: Tensor, ranks: Sequence[int], group: Group, outer: Callable[[Tensor], Tensor],
-    dropped: Callable[[float, Tensor], Tensor], states: Sequence[Tensor],
+    u: Tensor, x: Callable[[], Tensor], outer: Callable[[Tensor], Tensor], ranks: Sequence[int], group: Group,
+    states: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """s u^T x of each adapter in fp32, x being what is left of the input by its dropout."""
+    """s u^T x of each adapter in fp32, x being what its dropout leaves of the input; `outer` is u -> u^T x without."""
     if states:
-        found = [
-            own.T @ dropped(p, state)
-            for own, p, state in zip(u.split(ranks, dim=1), group.dropouts, states, strict=True)
-        ]
+        owns = zip(u.split(ranks, dim=1), group.dropouts, states, strict=True)
+        found = [own.T @ _dropped(x(), p, state) for own, p, state in owns]
     else:
         found = list(outer(u).split(ranks))
     return [wide(grad) * s for grad, s in zip(found, group.scalings, strict=True)]
@@ -168,9 +166,7 @@ class LoraLinears(torch.autograd.Function):
         parts, group, ranks = ctx.parts, ctx.group, [b.shape[1] for b in b16]
         gs = [g.reshape(flat.shape[0], -1) for g in grads]
         u, grads_b = parts.through_b(gs, z, b16)
-        grads_a = _grads_a(
-            u, ranks, group, lambda u: parts.outer(u, flat), lambda p, state: _dropped(flat, p, state), ctx.states
-        )
+        grads_a = _grads_a(u, lambda: flat, lambda u: parts.outer(u, flat), ranks, group, ctx.states)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _grad_x(gs, u, a16, ranks, group, ctx.states).view(ctx.shape)
@@ -198,12 +194,7 @@ class SwigluLoraLinear(torch.autograd.Function):
         u, grads_b = parts.through_b(gs, z, b16)
         flat = [x.reshape(z.shape[0], -1) for x in (gate, up)]
         grads_a = _grads_a(
-            u,
-            ranks,
-            group,
-            lambda u: parts.outer_gated(u, *flat),
-            lambda p, state: _dropped(parts.gate(*flat), p, state),
-            ctx.states,
+            u, lambda: parts.gate(*flat), lambda u: parts.outer_gated(u, *flat), ranks, group, ctx.states
         )
         grad_h = _grad_x(gs, u, a16, ranks, group, ctx.states).view(gate.shape)
         return *parts.gate_backward(grad_h, gate, up), None, None, None, *_interleaved(grads_a, grads_b)
