@@ -331,7 +331,7 @@ def _number(value: float) -> str:
 def write(name: str, cases: Sequence[Mapping[str, Any]], output: Path | None) -> Path:
     """Writes a result, under `results/NAME.json` if not told otherwise."""
     path = output or RESULTS / f"{name}.json"
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(Path(word).name if word.startswith("/") else word for word in sys.argv)
     result = {"schema": SCHEMA, "name": name, "command": command, **facts(), "cases": list(cases)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

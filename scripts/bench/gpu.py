@@ -82,9 +82,12 @@ def tests(args: argparse.Namespace) -> None:
 
 def kernels(args: argparse.Namespace) -> None:
     """`ops.py` at the shapes of an 8B."""
-    output = args.output or common.RESULTS / "h200-kernels.json"
-    command = [sys.executable, "scripts/bench/ops.py", "--output", str(output)]
-    command += ["--shape", "tiny", "--repeats", "2"] if args.tiny else ["--shape", "8b", "--limit-s", str(LIMIT_S - 30)]
+    command = [sys.executable, "scripts/bench/ops.py", "--output", str(args.output)]
+    command += (
+        ["--shape", "tiny", "--repeats", "1", "--without", "compile"]
+        if args.tiny
+        else ["--shape", "8b", "--limit-s", str(LIMIT_S - 30)]
+    )
     subprocess.run(command, cwd=common.ROOT, check=True)
 
 
@@ -225,7 +228,7 @@ def run_parts(args: argparse.Namespace) -> None:
         for part in args.parts or PARTS:
             print(f"\n--- {part} ---", flush=True)
             command = [sys.executable, __file__, "--part", part, "--repeats", str(args.repeats), *toy(args)]
-            command += ["--output", str(args.output)] if args.output else []
+            command += ["--output", str(args.into / f"h200-{part}.json")]
             try:
                 subprocess.run(command, cwd=common.ROOT, check=True, timeout=LIMIT_S, env=common.variables("default"))
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -241,9 +244,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy shape: whether it runs, on any machine")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("BENCH_WHEELS"), help="a folder of wheels to use")
-    parser.add_argument(
-        "--output", type=Path, help="where the result of one part goes; default: results/h200-PART.json"
-    )
+    parser.add_argument("--into", type=Path, default=common.RESULTS, help="folder of the results")
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -252,8 +254,7 @@ def main() -> None:
         return
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f"no such part: {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    if args.output and len(args.parts) != 1:
-        parser.error("--output is for one part")
+    args.into = args.into.resolve()
     run_parts(args)
 
 

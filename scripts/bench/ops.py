@@ -112,7 +112,7 @@ def _rates(op: Op, seconds: float, best: dict[str, float]) -> dict[str, float]:
 def show(case: dict[str, Any]) -> None:
     """A case as a table for people."""
     print(f"\n{case['name']} ({', '.join(f'{k} {v}' for k, v in case['settings'].items() if k in ('tokens', 'rows'))})")
-    print(f"{'':<28}{'ms':>10}  {'(min - max)':<20}{'forward':>9}{'rate':>14}{'of peak':>9}{'error':>10}")
+    print(f"{'':<28}{'ms':>10}  {'(min - max)':<20}{'forward':>9}{'rate':>17}{'of peak':>9}{'error':>10}")
     for name, side in case["sides"].items():
         if not side["runs"]:
             continue
@@ -125,7 +125,7 @@ def show(case: dict[str, Any]) -> None:
         shown = f"{rate / (1e12 if unit == 'TFLOP/s' else 1e9):.3g} {unit}"
         print(
             f"{name:<28}{median:>10.3f}  {f'({low:.3f} - {high:.3f})':<20}{last['forward_seconds'] * 1e3:>9.3f}"
-            f"{shown:>14}{share:>9.0%}{last['error']:>10.1e}"
+            f"{shown:>17}{share:>9.0%}{last['error']:>10.1e}"
         )
     for note in case["notes"]:
         print(f"note: {note}")

@@ -253,6 +253,7 @@ def steps(
         "step_seconds": (ended - started) / count,
         "warm_up_seconds": started - times[0],
         "first_losses": losses[:3],
+        "backend": policy.kernels.backend,
         **memory(device, before),
     }
 

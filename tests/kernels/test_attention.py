@@ -383,9 +383,10 @@ def test_the_compiler_takes_the_kernels_and_keeps_them_in_registers() -> None:
 
 @has_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("mean", [1.0, 1000.0], ids=["short", "long"])
-@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "mean", "windowed"),
+    [("bf16", 1000.0, True), ("bf16", 1.0, False), ("fp16", 1.0, True), ("fp32", 1000.0, False)],
+)
 def test_the_compiler_takes_every_form(kind: str, mean: float, windowed: bool) -> None:
     for dim in (64, 128):
         for report in compiled(requests(dim, kind, mean, windowed)):

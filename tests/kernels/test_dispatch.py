@@ -14,7 +14,7 @@ from tuner import kernels
 from tuner import recipe as recipes
 from tuner.errors import RecipeError
 from tuner.kernels import attention
-from tuner.stages import prepare
+from tuner.stages.machine import find_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -86,7 +86,7 @@ def test_a_run_asks_with_the_config_of_its_model(recipe_file: Path, tiny_model_d
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.1}))
     asked = recipes.load(recipe_file, ["stage=sft", "model.attn_implementation=triton"])
     with pytest.raises(RecipeError, match="triton cannot run: .* sets attention_dropout: 0.1"):
-        prepare.machine(asked, resume=False)
+        find_machine(asked, resume=False)
 
 
 @pytest.mark.parametrize("backend", kernels.BACKENDS)

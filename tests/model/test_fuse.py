@@ -199,11 +199,11 @@ def test_masters_in_fp32_over_a_bf16_base(make_model: Make) -> None:
         assert error <= 1.5 * allowed, name
 
 
-@pytest.mark.parametrize(("settings", "selective"), [({}, False), ({"lora_dropout": 0.2}, True)])
-def test_the_triton_backend_is_the_stock_model(make_model: Make, settings: dict[str, Any], selective: bool) -> None:
+@pytest.mark.parametrize(("settings", "recompute"), [({}, False), ({"lora_dropout": 0.2}, "selective")])
+def test_the_triton_backend_is_the_stock_model(make_model: Make, settings: dict[str, Any], recompute: Any) -> None:
     lm = adapted(make_model(attention_bias=True), **settings)
     fused = copy.deepcopy(lm)
-    fuse(fused, kernels.load("triton"), selective=selective)
+    fuse(fused, kernels.load("triton"), recompute=recompute)
     assert_same(results(fused), results(lm))
 
 

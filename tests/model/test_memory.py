@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuner.data.pack import pack
 from tuner.model import fuse as fusing
-from tuner.model.fuse import fuse
+from tuner.model.fuse import Recompute, fuse
 from tuner.model.load import load_base
 from tuner.model.policy import Policy
 from tuner.recipe import ModelSection
@@ -31,7 +31,6 @@ STREAM = 2  # the layer's input, and the sum that its second norm reads
 ATTENTION = 1 + 0.25 + 0.25 + 1  # q and k as they are rotated, v, and what comes out
 NORMED = 2
 GATED = 2 * 3.5
-NON_REENTRANT = {"use_reentrant": False}
 LLAMA_8B = 4096 * 2 * 32  # bytes of H in bf16 in all of its layers
 
 
@@ -55,7 +54,7 @@ class Storages(TorchDispatchMode):
         return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
-def layer_bytes(dropout: float = 0.0, full_recompute: bool = False, **options: Any) -> float:
+def layer_bytes(dropout: float = 0.0, recompute: Recompute = False) -> float:
     """Bytes a token that one layer of a LoRA model in bf16 adds to what is kept, counted in H values of bf16."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=H, intermediate_size=7 * H // 2, num_hidden_layers=3, num_attention_heads=8,
@@ -64,9 +63,7 @@ def layer_bytes(dropout: float = 0.0, full_recompute: bool = False, **options: A
     lm: Any = LlamaForCausalLM(config).bfloat16()
     lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
     lm = get_peft_model(lm, lora, autocast_adapter_dtype=True)
-    if full_recompute:
-        lm.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=NON_REENTRANT)
-    fuse(lm, **options)
+    fuse(lm, recompute=recompute)
     policy = Policy(lm, compute_dtype=torch.bfloat16).train()
     layers: Any = policy.inner.model.layers
     storages, seen = Storages(lm), []
@@ -98,14 +95,14 @@ def test_a_layer_keeps_each_thing_once(dropout: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_selectively_it_keeps_what_its_attention_needs(dropout: float) -> None:
-    found = layer_bytes(dropout, selective=True)
+    found = layer_bytes(dropout, recompute="selective")
     ideal = STREAM + ATTENTION
     print(f"{found:.2f} H, {found * LLAMA_8B / 1e6:.2f} MB a token of an 8B")
     assert ideal <= found <= ideal + small()
 
 
 def test_with_full_recompute_it_keeps_its_input() -> None:
-    found = layer_bytes(full_recompute=True)
+    found = layer_bytes(recompute=True)
     print(f"{found:.2f} H, {found * LLAMA_8B / 1e6:.2f} MB a token of an 8B")
     assert 1 <= found <= 1 + 0.1
 
@@ -117,7 +114,7 @@ def test_with_full_recompute_it_keeps_its_input() -> None:
 )
 def test_mutant_what_is_kept_shows(name: str, instead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusing, name, instead)
-    assert layer_bytes(selective=True) > STREAM + ATTENTION + small() + 0.5
+    assert layer_bytes(recompute="selective") > STREAM + ATTENTION + small() + 0.5
 
 
 # --- the same bits ---
@@ -132,15 +129,10 @@ def adapted(base: nn.Module, **changes: Any) -> nn.Module:
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
-def gradients(
-    lm: Any, dtype: torch.dtype, mode: bool | str, between: Callable[[Policy, Batch], object]
-) -> list[Tensor]:
+def gradients(lm: Any, dtype: torch.dtype, mode: Recompute, between: Callable[[Policy, Batch], object]) -> list[Tensor]:
     """Log-probs and gradients of a fused copy of `lm`; `between` happens after the forward."""
     lm = copy.deepcopy(lm)
-    if mode is True:
-        inner = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-        inner.activation_checkpointing_enable(activation_checkpointing_kwargs=NON_REENTRANT)
-    fuse(lm, selective=mode == "selective")
+    fuse(lm, recompute=mode)
     policy, batch = Policy(lm, compute_dtype=dtype).train(), pack(DOCUMENTS)
     torch.manual_seed(3)  # of the dropout
     logps = policy(batch)
@@ -168,7 +160,7 @@ KINDS: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_what_is_made_again_is_the_same(
-    make_model: Make, settings: dict[str, Any] | None, dtype: torch.dtype, mode: bool | str
+    make_model: Make, settings: dict[str, Any] | None, dtype: torch.dtype, mode: Recompute
 ) -> None:
     base = make_model().to(torch.float32 if settings is None else dtype)
     lm = base if settings is None else adapted(base, **settings)
@@ -181,7 +173,7 @@ def test_what_is_made_again_is_the_same(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.2}, {"target_modules": ["q_proj"]}])
 def test_the_buffer_of_4bit_weights_is_written_between_forward_and_backward(
-    tiny_model_dir: Path, settings: dict[str, Any], dtype: str, mode: bool | str, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, settings: dict[str, Any], dtype: str, mode: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = ModelSection(name_or_path=str(tiny_model_dir), dtype=dtype, load_in_4bit=True)
     lm = adapted(load_base(section, "cpu", trainable=False), **settings)
@@ -196,3 +188,28 @@ def test_the_buffer_of_4bit_weights_is_written_between_forward_and_backward(
     monkeypatch.setattr(fusing.quantize, "borrow", lambda module, dtype, _: fusing.quantize.dequantize(module, dtype))
     for mine, own in zip(found, gradients(lm, getattr(torch, dtype), False, lambda *_: None), strict=True):
         assert torch.equal(mine, own)
+
+
+@pytest.mark.parametrize("mode", ["selective", True])
+def test_the_linear_whose_output_nobody_reads_is_not_made_again(
+    make_model: Make, mode: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight is read once forward and once backward; in a recompute that of the last linear is not."""
+    read: dict[int, int] = {}
+    weight = fusing._Frozen.weight
+
+    def counted(base: Any, dtype: torch.dtype) -> Tensor:
+        read[id(base.base)] = read.get(id(base.base), 0) + 1
+        return weight(base, dtype)
+
+    monkeypatch.setattr(fusing._Frozen, "weight", counted)
+    lm = adapted(make_model())
+    fuse(lm, recompute=mode)
+    batch = pack(DOCUMENTS)
+    Policy(lm, compute_dtype=torch.float32).train()(batch).sum().backward()
+    counts = {name: read[id(m.base_layer)] for name, m in lm.named_modules() if hasattr(m, "base_layer")}
+    again = {"gate_proj", "up_proj"} | (set() if mode == "selective" else {"q_proj", "k_proj", "v_proj", "o_proj"})
+    for name, count in counts.items():
+        leaf = name.rpartition(".")[2]
+        first = "layers.0.self_attn" in name and leaf != "o_proj"  # whose input has no gradient
+        assert count == 2 + (leaf in again) - first, name

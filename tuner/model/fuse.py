@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from tuner import kernels
 from tuner.kernels import Kernels
 from tuner.kernels.lora_linear import Adapter
 from tuner.model import attention, quantize
+
+Recompute = bool | Literal["selective"]
 
 
 class _Frozen:
@@ -242,33 +244,48 @@ def _viewed(again: Callable[[], Tensor], shape: torch.Size) -> Tensor:
         return again().view(shape)
 
 
-def _selective_layer_forward(layer: Any, x: Tensor, at: Tensor | None, **kwargs: Any) -> Tensor:
-    """A decoder layer whose backward makes the norms and the MLP again, but for its last linear; attention is kept."""
-    normed = layer.input_layernorm(x)
-    with _not_kept(normed, partial(layer.input_layernorm, x.detach())):
-        attended, _ = layer.self_attn(normed, only_at=at, **kwargs)
-    normed, x = _second_norm(layer, attended, x if at is None else x.index_select(1, at))
+def _made_again(run: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """run(x), of which x alone is kept: the backward runs it once more, for what it keeps and not for its result."""
     runs = 0
 
-    def mlp(x: Tensor) -> Tensor:
+    def counted(x: Tensor) -> Tensor:
         nonlocal runs
         runs += 1
-        fused = isinstance(layer.mlp, FusedLlamaMLP | FusedMistralMLP)
-        out: Tensor = layer.mlp(x, wanted=runs == 1) if fused else layer.mlp(x)
-        return out
+        return run(x, wanted=runs == 1)
 
-    with _not_kept(normed, partial(layer.post_attention_layernorm, x.detach())):
-        return x + checkpoint(mlp, normed, use_reentrant=False)
+    result: Tensor = checkpoint(counted, x, use_reentrant=False)
+    return result
 
 
 def _layer_forward(layer: Any, x: Tensor, *, tuner_at: Tensor | None = None, **kwargs: Any) -> Tensor:
     """A decoder layer. `tuner_at` names the positions that are read of the last one, whose MLP runs at these alone."""
     at = tuner_at if isinstance(layer, PickingLayer) else None
-    if layer.selective and torch.is_grad_enabled():
-        return _selective_layer_forward(layer, x, at, **kwargs)
+    if not layer.recompute or not torch.is_grad_enabled():
+        return _kept_layer(layer, x, at, **kwargs)
+    if layer.recompute == "selective":
+        return _selective_layer(layer, x, at, **kwargs)
+    return _made_again(partial(_kept_layer, layer, at=at, **kwargs), x)
+
+
+def _kept_layer(layer: Any, x: Tensor, at: Tensor | None, wanted: bool = True, **kwargs: Any) -> Tensor:
     attended, _ = layer.self_attn(layer.input_layernorm(x), only_at=at, **kwargs)
     normed, x = _second_norm(layer, attended, x if at is None else x.index_select(1, at))
-    return x + layer.mlp(normed)
+    return x + _mlp(layer.mlp, normed, wanted)
+
+
+def _selective_layer(layer: Any, x: Tensor, at: Tensor | None, **kwargs: Any) -> Tensor:
+    """The same, whose backward makes the norms and the MLP again, but for its last linear; attention is kept."""
+    normed = layer.input_layernorm(x)
+    with _not_kept(normed, partial(layer.input_layernorm, x.detach())):
+        attended, _ = layer.self_attn(normed, only_at=at, **kwargs)
+    normed, x = _second_norm(layer, attended, x if at is None else x.index_select(1, at))
+    with _not_kept(normed, partial(layer.post_attention_layernorm, x.detach())):
+        return x + _made_again(partial(_mlp, layer.mlp), normed)
+
+
+def _mlp(mlp: nn.Module, x: Tensor, wanted: bool) -> Tensor:
+    out: Tensor = mlp(x, wanted=wanted) if isinstance(mlp, FusedLlamaMLP | FusedMistralMLP) else mlp(x)
+    return out
 
 
 def _second_norm(layer: Any, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,13 +364,14 @@ if quantize.Linear4bit is not None:
     FUSED |= {lora.Linear4bit: FusedLoraLinear4bit, quantize.Linear4bit: FrozenLinear4bit}
 
 
-def fuse(model: nn.Module, functions: Kernels | None = None, *, selective: bool = False) -> Mapping[str, int]:
+def fuse(model: nn.Module, functions: Kernels | None = None, *, recompute: Recompute = False) -> Mapping[str, int]:
     """Swaps every module that the table knows, to compute with `functions` (the references unless others are given).
 
     Returns how many of each class were swapped.
 
     Args:
-        selective: decoder layers keep what their attention needs, and make the rest again in the backward.
+        recompute: what decoder layers make again in the backward rather than keep: nothing; "selective", the norms and
+            the MLP; or True, everything that follows from their input.
     """
     functions = functions or kernels.load()
     counts: dict[str, int] = {}
@@ -365,6 +383,6 @@ def fuse(model: nn.Module, functions: Kernels | None = None, *, selective: bool 
         module.__class__ = fused
         module.kernels = functions  # type: ignore[assignment]  # no submodule, a plain attribute
         if isinstance(module, LlamaDecoderLayer | MistralDecoderLayer):
-            module.selective = selective  # type: ignore[assignment]
+            module.recompute = recompute  # type: ignore[assignment]
         counts[fused.__name__] = counts.get(fused.__name__, 0) + 1
     return counts

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from tuner.errors import DataError, RecipeError
 from tuner.losses import preference
 from tuner.losses.bound import Bound
@@ -66,11 +64,10 @@ def run(
     """
     loss = preference.resolve(str(recipe.loss.type), recipe.loss.parameters)
     check_loss(recipe, loss)
-    machine = prepare.machine(recipe, resume=resume)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
-    recipe = machine.recipe
-    prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
-    data = prepare.data(recipe, machine.devices, console, ("preference",), fit_of(loss))
+    start = prepare.start(
+        recipe, resume=resume, overwrite=overwrite or dry_run, accepts=("preference",), fit=fit_of(loss)
+    )
+    recipe, machine, console, data = start.recipe, start.machine, start.console, start.data
     if loss.items == "unpaired" and (pairs := int((data.train.tokens.branches == 2).sum())):
         console.print(f"pairs    {pairs:,} rows are pairs: each gives loss '{loss.name}' a good and a bad answer")
     if "mismatched" in loss.needs and int(data.train.tokens.branches.sum()) < 2:
@@ -79,18 +76,17 @@ def run(
         )
     check_reference(recipe, data)
     if dry_run:
-        return prepare.report_dry_run(data, console)
-    with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:
+        return prepare.report_dry_run(start)
+    with prepare.open_run(start, resume, overwrite, allow_drift) as opened:
         if opened.finished:
-            console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
+        model = prepare.load_model(Policy, start, opened.base_sha256)
         reference, live = None, None
         if "reference" in loss.needs:
             reference, live = make_reference(recipe, machine, data, model.policy, console)
         answers = make_answers(recipe, machine, data, model, live, console)
         stage = stage_of(recipe, loss, reference)
-        session = prepare.session(recipe, machine, data, opened, model, stage, console, answers)
+        session = prepare.session(start, opened, model, stage, answers)
         summary = session.train(opened.checkpoint)
     if machine.devices.is_main:
         if data.held_out:

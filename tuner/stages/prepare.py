@@ -1,4 +1,4 @@
-"""A recipe -> what every training stage needs before its first step: machine, data, run directory, model."""
+"""A recipe -> what every training stage needs before its first step: data, run directory, model, session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from tuner import kernels
 from tuner import recipe as recipes
-from tuner.checkpoint import RECIPE, Checkpoint, RunDir, check_output, file_entries
+from tuner.checkpoint import Checkpoint, RunDir, file_entries
 from tuner.data.check import check
 from tuner.data.check.brief import brief
 from tuner.data.check.report import CheckReport
@@ -36,7 +36,6 @@ from tuner.model.adapter import (
     adapter_directory,
     attach,
     check_continues,
-    check_files,
     check_trained_tokens,
     matched_modules,
 )
@@ -45,38 +44,25 @@ from tuner.model.fuse import fuse
 from tuner.model.load import (
     DTYPES,
     base_fingerprint,
-    check_checkpoint,
     find_checkpoint,
     load_base,
     load_config,
     load_tokenizer,
-    resolve_dtype,
 )
 from tuner.model.reference import disable_dropout
 from tuner.recipe import PREFERENCE, Recipe
+from tuner.stages.machine import Machine, check_start, find_machine
 from tuner.stages.result import quantization, save_result
 from tuner.stages.rows import accepted
 from tuner.train.answers import Answers
-from tuner.train.memory import Choice, microbatch
-from tuner.train.metrics import tracker_classes
-from tuner.train.phases import Phases
+from tuner.train.memory import microbatch
 from tuner.train.session import Session
 from tuner.train.setup import (
     Devices,
     find_devices,
-    resolve_threads,
     seed_everything,
 )
 from tuner.train.stage import Stage
-
-AUTOMATIC = (
-    "model.revision",
-    "model.dtype",
-    "model.attn_implementation",
-    "model.kernels",
-    "train.microbatch_tokens",
-    "train.threads",
-)
 
 # A run may be moved together with its files: these are compared by the hashes of what they name.
 KNOWN_BY_CONTENT = (
@@ -87,110 +73,6 @@ KNOWN_BY_CONTENT = (
     "adapter.path",
     "train.output_dir",
 )
-
-
-# --- machine ---
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The devices of this process, and the recipe with every automatic value decided for them."""
-
-    recipe: Recipe
-    devices: Devices
-    backends: str  # what attention and the other operations run on, and why, for people
-    microbatch: Choice
-    phases: Phases
-
-
-def machine(recipe: Recipe, *, resume: bool) -> Machine:
-    """Decides every `auto` once; a resumed run reuses what it decided at its start."""
-    phases, devices = Phases(), find_devices()
-    given = recipes.flatten(recipe)
-    stored = Path(recipe.train.output_dir) / RECIPE
-    if resume and stored.is_file():
-        before = recipes.flatten(recipes.load(stored, find_inputs=False))
-        recipe = recipes.resolved(
-            recipe, {k: before[k] for k in AUTOMATIC if given.get(k) in ("auto", None) and before.get(k) is not None}
-        )
-    model, train = recipe.model, recipe.train
-    checkpoint = find_checkpoint(model.name_or_path, model.revision)
-    config = load_config(checkpoint)
-    dtype = resolve_dtype(model.dtype, devices.device)
-    backend, why = kernels.resolve_backend(model.kernels, devices.device)
-    attention, why_attention = kernels.resolve_attention(
-        model.attn_implementation,
-        devices.device,
-        dtype,
-        backend,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dropout=0.0 if recipe.stage in PREFERENCE else config.attention_dropout,  # which these set to zero
-    )
-    threads = resolve_threads(train.threads, devices.world_size)
-    recipe = recipes.resolved(
-        recipe,
-        {
-            **(
-                {} if checkpoint.commit is None else {"model.revision": checkpoint.commit}
-            ),  # asked once; a branch may move meanwhile
-            "model.dtype": str(dtype).removeprefix("torch."),
-            "model.attn_implementation": attention,
-            "model.kernels": backend,
-            "train.threads": threads,
-        },
-    )
-    choice = microbatch(recipe, devices)
-    recipe = recipes.resolved(recipe, {"train.microbatch_tokens": choice.tokens})
-    if recipe.adapter is None and train.param_dtype == "bfloat16" != recipe.model.dtype:
-        raise RecipeError(
-            f"train.param_dtype: weights stored in bfloat16 cannot be computed with in {recipe.model.dtype}; set "
-            "model.dtype: bfloat16, or train.param_dtype: float32"
-        )
-    torch.set_num_threads(threads)
-    seed_everything(train.seed)
-    phases.begin("data")
-    backends = f"attention {attention} ({why_attention}); kernels {backend} ({why})"
-    return Machine(recipe, devices, backends, choice, phases)
-
-
-def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:
-    """Refuses at once what would otherwise be refused only after the data is tokenised and the weights are hashed.
-
-    Raises:
-        RunDirError: a run may not start in train.output_dir.
-        ModelError, RecipeError: the checkpoint or the adapter to go on with cannot be used, or a tracker is not there.
-
-    The main rank looks, and all ranks end for the same reason.
-    """
-    found: list[TunerError | None] = [None]
-    if devices.is_main:
-        try:
-            check_output(Path(recipe.train.output_dir), resume=resume, overwrite=overwrite, reads=_reads(recipe))
-            tracker_classes(recipe.log.report_to)
-            check_checkpoint(recipe.model, reward=recipe.stage == "reward")
-            if recipe.adapter is not None and recipe.adapter.path is not None:
-                check_files(adapter_directory(Path(recipe.adapter.path)))
-        except TunerError as error:
-            found = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise found[0]
-
-
-def _reads(recipe: Recipe) -> dict[str, str]:
-    """What the run reads, by recipe key: paths, and Hub ids."""
-    reads = {"model.name_or_path": recipe.model.name_or_path}
-    reads |= {f"data.train[{i}]": source.path for i, source in enumerate(recipe.data.train)}
-    if isinstance(recipe.data.eval, tuple):
-        reads |= {f"data.eval[{i}]": source.path for i, source in enumerate(recipe.data.eval)}
-    if recipe.eval.questions is not None:
-        reads["eval.questions"] = recipe.eval.questions
-    if recipe.adapter is not None and recipe.adapter.path is not None:
-        reads["adapter.path"] = recipe.adapter.path
-    if recipe.reference.model != "auto":
-        reads["reference.model"] = recipe.reference.model
-    return reads
 
 
 # --- data ---
@@ -301,10 +183,30 @@ def _print_data(found: Data, recipe: Recipe, console: Console) -> None:
     say("plan", [f"{plan.num_steps:,} steps of {size} ({epochs:.4g} epochs of {plan.steps_per_epoch:,} steps)"])
 
 
-def report_dry_run(found: Data, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Start:
+    """Where every stage starts from: the machine, the recipe with every automatic value decided, and its data."""
+
+    machine: Machine
+    recipe: Recipe
+    console: Console  # silent on all ranks but the main one
+    data: Data
+
+
+def start(
+    recipe: Recipe, *, resume: bool, overwrite: bool, accepts: Sequence[Kind] = ("chat", "text"), fit: Fit | None = None
+) -> Start:
+    """Decides what is automatic, refuses what can be refused at once, and reads the data."""
+    here = find_machine(recipe, resume=resume)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not here.devices.is_main)
+    check_start(here.recipe, here.devices, resume=resume, overwrite=overwrite)
+    return Start(here, here.recipe, console, data(here.recipe, here.devices, console, accepts, fit))
+
+
+def report_dry_run(start: Start) -> dict[str, Any]:
     """What a dry run returns: the counts, without training."""
-    console.print("dry run  nothing was trained or written")
-    return {"steps": found.plan.num_steps, "data": found.train.report.as_dict()}
+    start.console.print("dry run  nothing was trained or written")
+    return {"steps": start.data.plan.num_steps, "data": start.data.train.report.as_dict()}
 
 
 # --- run directory ---
@@ -334,16 +236,9 @@ def identity_of(recipe: Recipe, data: Data, base_sha256: str) -> dict[str, Any]:
 
 
 @contextmanager
-def open_run(
-    recipe: Recipe,
-    machine: Machine,
-    data: Data,
-    resume: bool,
-    overwrite: bool,
-    allow_drift: Sequence[str],
-    console: Console,
-) -> Iterator[Opened]:
+def open_run(start: Start, resume: bool, overwrite: bool, allow_drift: Sequence[str]) -> Iterator[Opened]:
     """Makes, resumes or replaces the run directory on the main rank, and tells the others what it found."""
+    recipe, machine, data, console = start.recipe, start.machine, start.data, start.console
     if not machine.devices.is_main:
         yield _hear()
         return
@@ -367,7 +262,9 @@ def open_run(
             raise
         opened = Opened(run, checkpoint, run.finished, base_sha256, run.manifest.get("summary", {}))
         _tell(replace(opened, run=None))
-        if not run.finished:
+        if run.finished:
+            console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
+        else:
             reports = {"train": data.train.report.as_dict()}
             if data.held_out:
                 reports["eval"] = data.held_out.report.as_dict()
@@ -413,10 +310,9 @@ class Model(Generic[Scorer]):
     save_result: Callable[[RunDir], Path]
 
 
-def load_model(
-    kind: type[Scorer], recipe: Recipe, machine: Machine, data: Data, base_sha256: str, console: Console
-) -> Model[Scorer]:
+def load_model(kind: type[Scorer], start: Start, base_sha256: str) -> Model[Scorer]:
     """Loads the base, attaches the adapter, swaps in the fused modules and checks what can be checked before a step."""
+    recipe, machine, data, console = start.recipe, start.machine, start.data, start.console
     machine.phases.begin("model")
     full = recipe.adapter is None
     device, model = machine.devices.device, recipe.model
@@ -433,13 +329,10 @@ def load_model(
         needed = {"embed_tokens"} if reward else {"embed_tokens", "lm_head"}
         _check_slots(data.template, full or needed <= set(saved))
     _check_context(base.config.max_position_embeddings, data)
-    checkpointing = recipe.train.activation_checkpointing
-    if checkpointing is True:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.stage in PREFERENCE:
         disable_dropout(lm)
     functions = kernels.load(model.kernels, model.attn_implementation)
-    fuse(lm, functions, selective=checkpointing == "selective")
+    fuse(lm, functions, recompute=recipe.train.activation_checkpointing)
     policy = kind(
         lm,
         compute_dtype=DTYPES[model.dtype],
@@ -508,17 +401,9 @@ def _print_model(recipe: Recipe, policy: Backbone, backends: str, console: Conso
     console.print(f"         {backends}")
 
 
-def session(
-    recipe: Recipe,
-    machine: Machine,
-    data: Data,
-    opened: Opened,
-    model: Model[Any],
-    stage: Stage,
-    console: Console,
-    answers: Answers | None = None,
-) -> Session:
+def session(start: Start, opened: Opened, model: Model[Any], stage: Stage, answers: Answers | None = None) -> Session:
     """The run of a stage, ready to train."""
+    recipe, machine, data, console = start.recipe, start.machine, start.data, start.console
     return Session(
         recipe=recipe,
         devices=machine.devices,

@@ -29,7 +29,8 @@ from tuner.train.loop import ROW_MULTIPLE
 from tuner.types import Batch, Tokens, on_device
 
 if TYPE_CHECKING:
-    from tuner.stages.prepare import Data, Machine
+    from tuner.stages.machine import Machine
+    from tuner.stages.prepare import Data
 
 # A batch and the samples that it was packed of -> the log-probability of each target, [M] float32.
 ReferenceLogps = Callable[[Batch, Sequence[Tokens]], Tensor]

@@ -11,7 +11,8 @@ from torch import Tensor
 from tuner.losses.measures import length_explains
 from tuner.model.policy import Policy
 from tuner.recipe import Recipe
-from tuner.stages.prepare import Data, Machine, Model
+from tuner.stages.machine import Machine
+from tuner.stages.prepare import Data, Model
 from tuner.train.answers import Answers, choose_prompts
 from tuner.types import Batch
 

@@ -148,24 +148,21 @@ def run(
         RunError, Interrupted: the run ended early; its last checkpoint is intact.
     """
     loss = reward.resolve(str(recipe.loss.type), recipe.loss.parameters)
-    machine = prepare.machine(recipe, resume=resume)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
-    recipe = machine.recipe
-    prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
-    data = prepare.data(recipe, machine.devices, console, ("preference",), fit_of(loss))
+    start = prepare.start(
+        recipe, resume=resume, overwrite=overwrite or dry_run, accepts=("preference",), fit=fit_of(loss)
+    )
     if dry_run:
-        return prepare.report_dry_run(data, console)
-    with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:
+        return prepare.report_dry_run(start)
+    with prepare.open_run(start, resume, overwrite, allow_drift) as opened:
         if opened.finished:
-            console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(RewardModel, recipe, machine, data, opened.base_sha256, console)
-        splits = (data.train, data.held_out) if data.held_out else (data.train,)
+        model = prepare.load_model(RewardModel, start, opened.base_sha256)
+        splits = (start.data.train, start.data.held_out) if start.data.held_out else (start.data.train,)
         stage = Reward(loss, width=max(int(split.tokens.branches.max()) for split in splits))
-        session = prepare.session(recipe, machine, data, opened, model, stage, console)
+        session = prepare.session(start, opened, model, stage)
         summary = session.train(opened.checkpoint)
-    if machine.devices.is_main:
-        report(recipe, summary, console)
+    if start.machine.devices.is_main:
+        report(start.recipe, summary, start.console)
     return summary
 
 

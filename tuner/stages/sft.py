@@ -58,23 +58,18 @@ def run(
         UserError: the recipe, data, model or output directory is wrong; nothing was changed.
         RunError, Interrupted: the run ended early; its last checkpoint is intact.
     """
-    machine = prepare.machine(recipe, resume=resume)
-    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=not machine.devices.is_main)
-    recipe = machine.recipe
     stage = SFT(language.resolve(str(recipe.loss.type), recipe.loss.parameters))
-    prepare.check_start(recipe, machine.devices, resume=resume, overwrite=overwrite or dry_run)
-    data = prepare.data(recipe, machine.devices, console)
+    start = prepare.start(recipe, resume=resume, overwrite=overwrite or dry_run)
     if dry_run:
-        return prepare.report_dry_run(data, console)
-    with prepare.open_run(recipe, machine, data, resume, overwrite, allow_drift, console) as opened:
+        return prepare.report_dry_run(start)
+    with prepare.open_run(start, resume, overwrite, allow_drift) as opened:
         if opened.finished:
-            console.print(f"{recipe.train.output_dir} has finished already; --overwrite would replace it")
             return dict(opened.summary)
-        model = prepare.load_model(Policy, recipe, machine, data, opened.base_sha256, console)
-        session = prepare.session(recipe, machine, data, opened, model, stage, console)
+        model = prepare.load_model(Policy, start, opened.base_sha256)
+        session = prepare.session(start, opened, model, stage)
         summary = session.train(opened.checkpoint)
-    if machine.devices.is_main:
-        report(recipe, summary, console)
+    if start.machine.devices.is_main:
+        report(start.recipe, summary, start.console)
     return summary
 
 

@@ -15,6 +15,7 @@ from tuner.checkpoint.step import OPTIMIZER
 from tuner.model.load import base_fingerprint
 from tuner.recipe import Recipe
 from tuner.stages import prepare
+from tuner.stages.machine import find_machine
 from tuner.stages.rows import accepted
 
 _HASH = re.compile(r"(sha256 )?[0-9a-f]{64}")
@@ -51,7 +52,7 @@ def standing(recipe: Recipe) -> Standing:
     manifest = read_manifest(directory)
     if manifest is None:
         return Standing(begun=False, finished=False)
-    machine = prepare.machine(recipe, resume=True)
+    machine = find_machine(recipe, resume=True)
     accepts, fit = accepted(machine.recipe)
     data = prepare.data(machine.recipe, machine.devices, Console(quiet=True), accepts, fit)
     base_sha256 = base_fingerprint(machine.recipe.model.name_or_path, machine.recipe.model.revision)

@@ -16,11 +16,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from tuner.kernels.attention import MAX_HEAD_DIM
 from tuner.kernels.attention.reference import Plan
 from tuner.kernels.attention.tiles import KEY_COLUMNS, QUERY_COLUMNS, Tiles, mean_length, tiles
-from tuner.kernels.portable import dot, rounded
+from tuner.kernels.portable import INTERPRETED, dot, rounded
 
 # --- sizes ---
 
@@ -68,18 +69,34 @@ def configs(head_dim: int, half: bool, mean: float) -> Configs:
 def _exp(x, BASE_2: tl.constexpr):
     """The exponential, of base 2 where `scale` and log-sum-exps are of that base, which saves a product a score.
 
-    In base e that product comes after the maximum is taken off and rounds less, which 16-bit tensors do not show.
+    In base e that product comes after the maximum is taken off and rounds less, and a library's function stands in for
+    the approximation of the hardware; 16-bit tensors do not show either.
     """
     if BASE_2:
         return tl.exp2(x)
-    else:
+    elif INTERPRETED:
         return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def _log(x, BASE_2: tl.constexpr):
+    """The logarithm of the same base."""
+    if BASE_2:
+        return tl.log2(x)
+    elif INTERPRETED:
+        return tl.log(x)
+    else:
+        return libdevice.log(x)
 
 
 @triton.jit
 def _load_lse(lse, i, inside, size, BASE_2: tl.constexpr):
-    """What the forward has kept of queries i: log-sum-exps, in base e as maximum m and log l, for the sum of the two
-    would round off what 32 bits can tell. They are infinite where not `inside`, which makes probabilities 0."""
+    """What the forward has kept of queries i: log-sum-exps, infinite where not `inside`, so that probabilities are 0.
+
+    In base e they are kept as maximum m and log l, for their sum would round off what 32 bits can tell.
+    """
     m = tl.load(lse + i, mask=inside, other=float("inf"))
     if BASE_2:
         return m, m
@@ -91,9 +108,9 @@ def _load_lse(lse, i, inside, size, BASE_2: tl.constexpr):
 def _softmax(scores, m, log_l, BASE_2: tl.constexpr):
     """The probabilities of scaled scores, from what `_load_lse` gives."""
     if BASE_2:
-        return tl.exp2(scores - m)
+        return _exp(scores - m, BASE_2)
     else:
-        return tl.exp(scores - m - log_l)
+        return _exp(scores - m - log_l, BASE_2)
 
 
 @triton.jit
@@ -199,10 +216,10 @@ def _forward(
     _store(out + head * HEAD_DIM, i.to(tl.int64), HEADS * HEAD_DIM, inside, o / total[:, None], HEAD_DIM, D)
     at = head * n + i
     if KEEP and BASE_2:
-        tl.store(lse + at, m + tl.log2(total), mask=inside)
+        tl.store(lse + at, m + _log(total, BASE_2), mask=inside)
     elif KEEP:
         tl.store(lse + at, m, mask=inside)
-        tl.store(lse + HEADS * n.to(tl.int64) + at, tl.log(total), mask=inside)
+        tl.store(lse + HEADS * n.to(tl.int64) + at, _log(total, BASE_2), mask=inside)
 
 
 @triton.jit
@@ -211,6 +228,7 @@ def _grad_query_step(
     KEYS: tl.constexpr, EDGE: tl.constexpr, WINDOWED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BASE_2: tl.constexpr,
 ):  # fmt: skip
+    """Takes the keys from position `at` on into dQ."""
     j = at + tl.arange(0, KEYS)
     rows = (j + tl.where(j < length, trunk, behind)).to(tl.int64)
     keys = _load(k, rows, stride_kn, j < last, EDGE, HEAD_DIM, D)
@@ -431,6 +449,8 @@ def _backward_pass(
 
 
 class _Attention(torch.autograd.Function):
+    """Keeps its inputs, its output and one number a query and head (two in fp32)."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, shape: _Shape) -> Tensor:
         output, lse = _forward_pass(query, key, value, shape, keep=True)

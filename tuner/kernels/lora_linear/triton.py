@@ -96,8 +96,10 @@ def _sum_kernel(parts_ptr, out_ptr, parts, size, WIDTH: tl.constexpr, out_stride
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_ptr + part * size.to(tl.int64) + at, mask=inside, other=0.0)
+    here = parts_ptr + at
+    for _ in range(parts):
+        total += tl.load(here, mask=inside, other=0.0)
+        here += size
     to = out_ptr + at // WIDTH * out_stride + at % WIDTH
     tl.store(to, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
@@ -143,6 +145,10 @@ def _tiles(
     x: Tensor, skinny: Tensor, *, up: Tensor | None = None, b: Tensor | None = None, by_rank: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Parts of skinny^T x `[P, C, r]`, or `[P, r, C]` if `by_rank`, and of x B `[Q, N, r]`."""
+    if up is not None:
+        x, up = x.contiguous(), up.contiguous()
+    elif x.stride(1) != 1:
+        x = x.contiguous()
     (rows, columns), rank = x.shape, skinny.shape[1]
     padded, block = tile(rank, x.element_size(), gated=up is not None)
     across = triton.cdiv(columns, block)
@@ -168,7 +174,6 @@ def _by_width(rank: int) -> list[tuple[int, int]]:
 def _through_b(grads: Sequence[Tensor], z: Tensor, b16: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     u, grads_b, before = torch.empty_like(z), [], 0
     for g, b in zip(grads, b16, strict=True):
-        g = g if g.stride(1) == 1 else g.contiguous()
         grad_b = b.new_empty(b.shape, dtype=torch.float32)
         for start, stop in _by_width(b.shape[1]):
             columns = slice(before + start, before + stop)

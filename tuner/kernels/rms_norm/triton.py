@@ -48,7 +48,7 @@ def _forward_kernel(
             tl.store(total_ptr + row * WIDTH + at, total, mask=inside)
             x = total.to(tl.float32)
         squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    rstd = tl.rsqrt(tl.sum(squares, 0) * (1.0 / WIDTH) + eps)
     tl.store(rstd_ptr + row, rstd)
     for start in tl.static_range(0, WIDTH, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -86,7 +86,7 @@ def _backward_kernel(
                 so_far = tl.load(sums_ptr + program * WIDTH + at, mask=inside, other=0.0)
                 tl.store(sums_ptr + program * WIDTH + at, so_far + grad * normed, mask=inside)
                 tl.debug_barrier()  # before another thread reads them for the next row
-        mean = tl.sum(products, 0) / WIDTH
+        mean = tl.sum(products, 0) * (1.0 / WIDTH)
         for start in tl.static_range(0, WIDTH, BLOCK):
             at = start + tl.arange(0, BLOCK)
             inside = at < WIDTH

@@ -55,22 +55,23 @@ def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, logits.amax(-1).to(out.dtype) - probabilities.amax(-1).log()
 
 
-def _log_collision(probabilities: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+def _log_collision(probabilities: Tensor, logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
     """The sum is 1/V at least, so what underflows in it does not count."""
     return 2 * torch.linalg.vector_norm(probabilities, dim=-1).log()
 
 
-def _entropy(probabilities: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)
+def _entropy(probabilities: Tensor, logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+    """lse - Σ p x, which takes no logarithm of each probability, and differs from Σ p log p by rounding alone."""
+    return (lse - torch.linalg.vecdot(probabilities, logits.to(lse.dtype))).clamp_(min=0)
 
 
-def _is_top1(probabilities: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """By the logits, as different ones may round to one probability."""
-    return (logits.argmax(-1) == targets).to(probabilities.dtype)
+def _is_top1(probabilities: Tensor, logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+    """By the logits, as different ones may round to one probability; on CPU argmax is slow where they are narrow."""
+    return (logits.to(lse.dtype).argmax(-1) == targets).to(lse.dtype)
 
 
-# Name -> its values `[m]` from probabilities and logits `[m, V]` and targets `[m]`.
-MEASURES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxyType(
+# Name -> its values `[m]` from probabilities and logits `[m, V]`, and logsumexps and targets `[m]`.
+MEASURES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = MappingProxyType(
     {"collision": _log_collision, "entropy": _entropy, "top1": _is_top1}
 )
 
@@ -109,7 +110,7 @@ class _Chunks:
         logits = torch.mm(hidden, weight.T, out=self._logits[:m])
         probabilities, lse = _softmax(logits, self._wide[:m])
         logps = logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse
-        found = torch.stack([logps, *(MEASURES[name](probabilities, logits, targets) for name in measures)])
+        found = torch.stack([logps, *(MEASURES[name](probabilities, logits, lse, targets) for name in measures)])
         return found, self._grad_logits(probabilities, targets, scale) if needs_grad else None
 
     def _grad_logits(self, probabilities: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:

@@ -75,7 +75,7 @@ def _kernel(
 
     if GRAD:
         scale = tl.load(scale_ptr + row).to(tl.float32) if SCALED else 1.0
-        share = 1 / total
+        share = tl.div_rn(1.0, total)
         for start in range(0, WIDTH, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + at, mask=at < WIDTH, other=0.0, eviction_policy="evict_first").to(tl.float32)
