@@ -21,18 +21,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 from tests.conftest import SENTENCES
+from tests.invariant.test_answers import random_rows
 from tuner import recipe as recipes
 from tuner.errors import Interrupted, NonFiniteError
+from tuner.losses import preference
 from tuner.model.policy import Policy
 from tuner.stages import dpo, reward, sft
+from tuner.stages.judged import ProbingJudged
 from tuner.stages.pairs import DPO
 from tuner.train import loop as module
 from tuner.train import session
-from tuner.train.loop import Loop, Taken
+from tuner.train.loop import Loop, Taken, evaluate_loss
 from tuner.train.optim import Guard
 from tuner.train.session import Session
+from tuner.train.setup import Devices
 from tuner.types import Batch, Tokens
 
 WALL_CLOCK = ("seconds", "tokens_per_second", "memory_bytes")
@@ -390,3 +395,35 @@ def test_mutant_a_loop_that_is_not_told_what_is_due(run: Callable[..., Path], mo
         assert [p.name for p in (late / "checkpoints").iterdir()] == [
             p.name for p in (wanted / "checkpoints").iterdir()
         ]
+
+
+# --- an evaluation, which may wait ---
+
+
+class OnDevice(Tensor):
+    """Stands for a tensor of a GPU: what is made of it lies there too, until it is fetched by `cpu`."""
+
+    def cpu(self, *_: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_an_evaluation_reads_on_the_host_what_probes_tell(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    """Its tables are there, and torch takes no scalar of a GPU beside tensors of the host."""
+    samples, policy = random_rows(9), Policy(make_model(), compute_dtype=torch.float32)
+    places: list[tuple[type, ...]] = []
+
+    class Watched(ProbingJudged):
+        def scores(self, *args: Any) -> Tensor:
+            return super().scores(*args).as_subclass(OnDevice)
+
+        def constants(self, *args: Any) -> Tensor:
+            return super().constants(*args).as_subclass(OnDevice)
+
+        def whole_losses(self, scores: Tensor, constants: Tensor) -> dict[str, Tensor]:
+            assert self.mismatched is not None
+            places.append(tuple(map(type, (scores, constants, self.mismatched.ratio))))
+            return super().whole_losses(scores, constants)
+
+    stage = Watched(preference.resolve("kto", {}), lambda batch, _: torch.zeros(batch.num_predictions))
+    assert evaluate_loss(policy, stage, samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], Devices(torch.device("cpu"), 0, 1))
+    assert places == [(Tensor, Tensor, Tensor)]

@@ -1,6 +1,6 @@
 """The gradients of a fused policy on ranks that share its weights (FSDP2), for `test_sharded.py`; run by torchrun.
 
-python -m torch.distributed.run --nproc-per-node=2 tests/model/sharded.py OUTPUT lora|full checkpointing
+python -m torch.distributed.run --nproc-per-node=2 tests/model/sharded.py OUTPUT lora|full none|selective|everything
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuner.data.pack import pack
-from tuner.model.fuse import fuse
+from tuner.model.fuse import Recompute, fuse
 from tuner.model.policy import Policy
 from tuner.types import Tokens, span
 
+# What layers make again.
+RECOMPUTE: dict[str, Recompute] = {"none": False, "selective": "selective", "everything": True}
 
-def policy_of(kind: str, checkpointing: bool) -> Policy:
+
+def policy_of(kind: str, recompute: str) -> Policy:
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
     lm: Any = LlamaForCausalLM(config)
-    if checkpointing:
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if kind == "lora":
         lm = get_peft_model(lm, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    fuse(lm)
+    fuse(lm, recompute=RECOMPUTE[recompute])
     return Policy(lm, compute_dtype=torch.float32)
 
 
@@ -59,10 +60,10 @@ def step(policy: Policy, rows: list[Tokens], share: float) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    output, kind, checkpointing = sys.argv[1], sys.argv[2], sys.argv[3] == "checkpointing"
+    output, kind, recompute = sys.argv[1:]
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    policy = policy_of(kind, checkpointing)
+    policy = policy_of(kind, recompute)
     for layer in policy.inner.model.layers:
         fully_shard(layer)
     fully_shard(policy)

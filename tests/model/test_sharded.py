@@ -15,12 +15,12 @@ from tests.model import sharded
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", "checkpointing"), ("full", "plain")])
-def test_gradients_of_two_ranks_are_those_of_one(kind: str, checkpointing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "recompute"), [("lora", "everything"), ("full", "selective")])
+def test_gradients_of_two_ranks_are_those_of_one(kind: str, recompute: str, tmp_path: Path) -> None:
     output = tmp_path / "gradients.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(Path(sharded.__file__)), str(output), kind, checkpointing],
+        [*command, str(Path(sharded.__file__)), str(output), kind, recompute],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
@@ -28,7 +28,7 @@ def test_gradients_of_two_ranks_are_those_of_one(kind: str, checkpointing: str, 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    policy = sharded.policy_of(kind, checkpointing == "checkpointing")
+    policy = sharded.policy_of(kind, recompute)
     wanted = sharded.step(policy, sharded.samples(), 1.0)
     found = load_file(output)
     assert found.keys() == wanted.keys()

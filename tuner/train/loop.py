@@ -377,8 +377,11 @@ def _memory_for(batch: Batch) -> Iterator[None]:
 
 
 def inform(stage: Stage, policy: nn.Module, samples: Sequence[Tokens], capacity: int, devices: Devices) -> Stage:
-    """The stage as it is for a step over `samples`: over all ranks its probes are scored, `capacity` tokens at once."""
-    return _informed(stage, policy, _probes(stage, samples, capacity, devices), devices)
+    """The stage as it is for a step over `samples`: over all ranks its probes are scored, `capacity` tokens at once.
+
+    What they tell it is on the host, as the tables of an evaluation are.
+    """
+    return _informed(stage, policy, _probes(stage, samples, capacity, devices), devices, on_host=True)
 
 
 def _probes(stage: Stage, samples: Sequence[Tokens], capacity: int, devices: Devices) -> list[Probe]:
@@ -393,7 +396,9 @@ def _probes(stage: Stage, samples: Sequence[Tokens], capacity: int, devices: Dev
     return found
 
 
-def _informed(stage: Stage, policy: nn.Module, probes: Sequence[Probe], devices: Devices) -> Stage:
+def _informed(
+    stage: Stage, policy: nn.Module, probes: Sequence[Probe], devices: Devices, *, on_host: bool = False
+) -> Stage:
     """The stage with what the probes of all ranks tell."""
     if not isinstance(stage, ProbingStage):
         return stage
@@ -403,7 +408,8 @@ def _informed(stage: Stage, policy: nn.Module, probes: Sequence[Probe], devices:
         with torch.no_grad(), _memory_for(probe.batch):
             scores = stage.scores(policy, probe.batch, probe.samples)
             constants = stage.constants(probe.batch, probe.samples)
-        table.append((probe.ids, devices.for_gather(scores), devices.for_gather(constants)))
+        scores, constants = (x.cpu() if on_host else devices.for_gather(x) for x in (scores, constants))
+        table.append((probe.ids, scores, constants))
         answers += [(probe.ids[document], branch) for document, branch in probe.batch.sequences]
     ranks = devices.gather((table, answers))
     everyone = [part for others, _ in ranks for part in others]
