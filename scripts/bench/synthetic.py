@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from tuner import kernels
 from tuner.data.pack import pack, weight_sum
 from tuner.data.plan import Plan
-from tuner.model.fuse import fuse
+from tuner.model.fuse import Recompute, fuse
 from tuner.model.policy import Policy
 from tuner.model.reference import Reference
 from tuner.train.loop import LAG, ROW_MULTIPLE, Loop, Progress, StepReport
@@ -91,7 +91,7 @@ class Method:
 
     trains: str = "lora"
     backend: str = "auto"
-    checkpointing: bool | str = False  # or `selective`
+    checkpointing: Recompute = False
 
 
 def random_llama(
@@ -143,22 +143,11 @@ def make_policy(shape: Shape, method: Method, device: torch.device, dtype: torch
     """The policy that `tuner` would train: adapter, fused modules, kernels and attention of its backend."""
     lm = random_llama(shape, device, dtype, positions, method.trains)
     model = lm if method.trains == "full" else adapted(lm)
-    if method.checkpointing is True:
-        _checkpoint(lm)
     backend, _ = kernels.resolve_backend(method.backend, device)
     attention, _ = kernels.resolve_attention("auto", device, dtype, backend)
     functions = kernels.load(backend, attention)
-    fuse(model, functions, selective=method.checkpointing == "selective")
+    fuse(model, functions, recompute=method.checkpointing)
     return Policy(model, compute_dtype=dtype, kernels=functions, attn_implementation=attention)
-
-
-def _checkpoint(lm: Any) -> None:
-    """transformers renamed the switch; 5.17 has the older name."""
-    enable = getattr(lm, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 # --- what is minimised ---

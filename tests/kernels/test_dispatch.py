@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def test_auto_says_what_it_chose_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kernels.resolve_attention("auto", CPU, torch.bfloat16, "reference")[0] == "tuner_varlen"
     assert kernels.resolve_attention("auto", CUDA, torch.bfloat16, "triton")[0] == "triton"
     assert kernels.resolve_attention("auto", CUDA, torch.bfloat16, "reference")[0] == "tuner_varlen"
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
     backend, why = kernels.resolve_backend("auto", CUDA)
     assert backend == "reference" and "pip install 'tuner[kernels]'" in why
 
@@ -41,6 +43,34 @@ def test_an_explicit_choice_is_never_replaced() -> None:
         kernels.resolve_backend("cuda-magic", CPU)
     with pytest.raises(RecipeError, match="model.kernels: triton cannot run: there is no GPU here.*kernels: auto"):
         kernels.resolve_backend("triton", CPU)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_without_a_gpu_no_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="there is no GPU here"):
+        kernels.resolve_backend("triton", CPU)
+    for name in attention.PACKAGES:
+        with pytest.raises(RecipeError, match=f"{name} cannot run: there is no GPU here"):
+            kernels.resolve_attention(name, CPU, torch.bfloat16, "reference")
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("package", "name"), [(package, name) for name, package in attention.PACKAGES.items()])
+def test_a_package_that_is_there_and_broken(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{package}.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    said = rf"the package {package} is installed and cannot be imported \(undefined symbol: _ZN3c10\); .*install"
+    with pytest.raises(RecipeError, match=f"model.attn_implementation: {name} cannot run: {said}.*: auto"):
+        kernels.resolve_attention(name, CUDA, torch.bfloat16, "reference")
+    if package == "triton":
+        backend, why = kernels.resolve_backend("auto", CUDA)
+        assert backend == "reference" and re.search(said, why)
+        with pytest.raises(RecipeError, match=f"model.kernels: triton cannot run: {said}.*kernels: auto"):
+            kernels.resolve_backend("triton", CUDA)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -295,6 +295,12 @@ def test_a_run_decides_once_and_says_so(
     assert microbatch(asked, CPU) == memory.Choice(77, "as the recipe says")
 
 
+def test_no_more_runs_at_once_than_the_longest_row_that_the_base_takes(recipe_file: Path) -> None:
+    """A max_length that stands for "no limit" is no size of a microbatch: beyond 1,024 positions rows are refused."""
+    given = recipes.load(recipe_file, ["data.max_length=1000000"], stage="sft")
+    assert microbatch(given, CPU).tokens == 4096
+
+
 def test_ranks_of_one_machine_share_its_memory_and_take_the_smallest(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -69,11 +68,9 @@ def load(backend: str = "reference", attention_name: str = attention.REFERENCE) 
 
 def why_no_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`, as part of a sentence; None where they can."""
-    if find_spec("triton") is None:
-        return "the triton package is not installed; pip install 'tuner[kernels]'"
-    if device.type != "cuda" and not INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:  # first: no package would help
         return "there is no GPU here, and Triton compiles for GPUs"
-    return None
+    return attention.why_no_package("triton")
 
 
 def resolve_backend(name: str, device: torch.device) -> tuple[str, str]:

@@ -125,7 +125,7 @@ def _wanted(detail: ErrorDetails) -> str:
         )
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"{words} {context[name]:g}"
+        return f"{words} {context[name]:.10g}"
     if kind == "model_type" and isinstance(detail["loc"][-1], int):
         return "a path, a Hub id or a mapping with a path"
     return _WANTED.get(kind, detail["msg"].lower())

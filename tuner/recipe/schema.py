@@ -37,6 +37,7 @@ else:
     ChatTemplate = Literal[_files("templates")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+MOST_TOKENS = 2**31 - 1  # in one row: positions in it are counted in 32 bits
 
 
 def _as_tuple(value: Any) -> Any:
@@ -172,7 +173,7 @@ class DataSection(Section):
     parse_control_tokens: bool = Field(
         False, description="Read control tokens spelt in `text` rows as such: for pre-templated files you trust."
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Longest sequence, in tokens.")
+    max_length: Annotated[int, Field(ge=2, le=MOST_TOKENS)] = Field(2048, description="Longest sequence, in tokens.")
     overlong: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What becomes of a longer row; split is for text."
     )
@@ -213,7 +214,7 @@ class TrainSection(Section):
     output_dir: Text = Field(description="The run directory, relative to the current directory.")
     batch_size: Count = Field(64, description="Size of one optimizer step over all devices, in batch_unit.")
     batch_unit: Literal["examples", "tokens"] = Field("examples", description="What batch_size counts.")
-    microbatch_tokens: Literal["auto"] | Count = Field(
+    microbatch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_TOKENS)] = Field(
         "auto", description="Tokens run through the model at once; bounds memory, never changes the result."
     )
     num_train_epochs: float = Field(1, gt=0, description="Passes over the training data.")

@@ -130,7 +130,8 @@ def microbatch(recipe: Recipe, devices: Devices) -> Choice:
             reference = load_config(find_checkpoint(recipe.reference.model))
     footprint = training(recipe, config, resolve_dtype(model.dtype, device), device.type, reference)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", devices.world_size)) if device.type == "cpu" else 1
-    choice = largest(footprint, total_memory(device) / sharing, device.type, recipe.data.max_length)
+    longest = min(recipe.data.max_length, config.max_position_embeddings)  # beyond its positions a row is refused
+    choice = largest(footprint, total_memory(device) / sharing, device.type, longest)
     return replace(choice, tokens=-devices.agree(-choice.tokens))
 
 
@@ -288,11 +289,11 @@ def largest(footprint: Footprint, total: float, kind: str, max_length: int) -> C
     filled = f"{100 * SHARE[kind]:.0f}% of {total / 1e9:,.1f} GB"
     if min(fits, MOST_TOKENS[kind]) < max_length:
         if fits >= max_length:
-            return Choice(max_length, "the longest sample that data.max_length allows")
+            return Choice(max_length, "the longest sample that data.max_length and the base allow")
         return Choice(
             max_length,
-            f"the longest sample that data.max_length allows, while the estimate gives {fits:,} ({filled} beside "
-            f"{beside}); should memory run out, set train.activation_checkpointing: selective, or "
+            f"the longest sample that data.max_length and the base allow, while the estimate gives {fits:,} "
+            f"({filled} beside {beside}); should memory run out, set train.activation_checkpointing: selective, or "
             "lower data.max_length",
         )
     if fits >= MOST_TOKENS[kind]:

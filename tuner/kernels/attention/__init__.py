@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from tuner.errors import RecipeError
+from tuner.errors import RecipeError, first_line
 
 Attention = Callable[..., Tensor]  # takes and gives what `reference.attention` does
 
@@ -40,6 +40,21 @@ def load(name: str) -> Attention:
     return loaded
 
 
+def why_no_package(package: str) -> str | None:
+    """Why a package cannot be imported, as part of a sentence; None where it can.
+
+    One that was built for another torch, or that misses a library, is installed and yet fails when it is imported.
+    """
+    remedy = "pip install 'tuner[kernels]'" if package == "triton" else "install it, built for this torch"
+    if find_spec(package) is None:
+        return f"the package {package} is not installed; {remedy}"
+    try:
+        import_module(package)
+    except Exception as error:  # whatever a broken one raises
+        return f"the package {package} is installed and cannot be imported ({first_line(error)}); {remedy}"
+    return None
+
+
 def why_not(
     name: str,
     device: torch.device,
@@ -58,12 +73,10 @@ def why_not(
     """
     if name == REFERENCE:
         return None
-    package = PACKAGES.get(name)
-    if package is not None and find_spec(package) is None:
-        remedy = "pip install 'tuner[kernels]'" if package == "triton" else "install it, built for this torch"
-        return f"the package {package} is not installed; {remedy}"
-    if device.type != "cuda" and not (interpreted and name == "triton"):
+    if device.type != "cuda" and not (interpreted and name == "triton"):  # first: no package would help
         return "there is no GPU here, and it runs on NVIDIA GPUs only"
+    if name in PACKAGES and (lacking := why_no_package(PACKAGES[name])):
+        return lacking
     if name != "triton" and dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, and this run in {str(dtype).removeprefix('torch.')}"
     if name == "varlen" and find_spec("torch.nn.attention.varlen") is None:
