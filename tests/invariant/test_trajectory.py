@@ -51,7 +51,7 @@ def losses(directory: Path, dtype: str, attention: str, backend: str = "referenc
 def difference(tmp_path: Path, dtype: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Fused minus stock: transformers' and peft's own modules, and one dense mask over the row."""
     fused = losses(tmp_path / "fused", dtype, "tuner_varlen" if backend == "reference" else backend, backend)
-    monkeypatch.setattr(prepare, "fuse", lambda lm, functions: {})
+    monkeypatch.setattr(prepare, "fuse", lambda lm, functions, **_: {})
     stock = losses(tmp_path / "stock", dtype, "sdpa")
     assert stock[0] - stock[-20:].mean() > 3.0, "little was learned, so little was compared"
     return fused - stock
