@@ -2,9 +2,9 @@
 
 A swap changes the class of one instance to a subclass that overrides `forward`: parameters, state-dict keys and
 isinstance checks stay as they were, and peft merges, saves and disables adapters as before. What a fused forward does
-not cover (DoRA, several active adapters, merged weights) runs the original forward. The arithmetic is that of
-`tuner.kernels`; each swapped module holds the functions of its run, and each layer whether it keeps what its backward
-needs or makes part of it again.
+not cover (DoRA, several active adapters, merged weights; projections and rotation under autocast, as in full
+fine-tuning) runs the original forward. The arithmetic is that of `tuner.kernels`; each swapped module holds the
+functions of its run, and each layer whether it keeps what its backward needs or makes part of it again.
 """
 
 from __future__ import annotations
