@@ -20,6 +20,7 @@ What was not recorded is null; nothing is estimated. Names end in their unit.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
 SCHEMA = 1
+FIELDS = {"schema", "name", "command", "date", "commit", "dirty", "machine", "versions", "cases"}
 PLAIN = dict(os.environ)  # before anything of ours has touched it
 THREADING = (
     "OMP_",
@@ -55,6 +57,42 @@ THREADING = (
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+from tuner.errors import TunerError, UserError, first_line  # noqa: E402
+
+# --- what a user can get wrong ---
+
+
+def run(main: Callable[[], None]) -> None:
+    """A script: what a user gets wrong is one sentence and exit code 2, as of the command line; Ctrl-C is 130."""
+    try:
+        main()
+    except TunerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT; a result that was not yet written is lost", file=sys.stderr)
+        sys.exit(130)
+
+
+def count(text: str) -> int:
+    """An argument that counts something: at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got '{text}'")
+    return int(text)
+
+
+def output(text: str) -> Path:
+    """An argument that says where a result goes; a place that cannot be written is refused before the measuring."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None
+    if not was_there:
+        path.unlink()
+    return path
 
 
 # --- the machine ---
@@ -340,9 +378,19 @@ def write(name: str, cases: Sequence[Mapping[str, Any]], output: Path | None) ->
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result of this schema."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    assert found.get("schema") == SCHEMA, f"{path} is of another schema; run the benchmark again"
+    """A result of this schema.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); run the benchmark again") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UserError(f"{path} is no result of schema {SCHEMA}; run the benchmark again, or move the file away")
+    if lacking := sorted(FIELDS - found.keys()):
+        raise UserError(f"{path} has no {', '.join(lacking)}; run the benchmark again")
     return found
 
 

@@ -114,10 +114,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, default=common.ROOT / "data" / "chat-train.jsonl")
-    parser.add_argument("--limit", type=int, help="rows to use")
-    parser.add_argument("--repeats", type=int, default=5, help="processes a side")
-    parser.add_argument("--threads", type=int, help="threads a process, of both sides; default: as many as cores")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/data.json")
+    parser.add_argument("--limit", type=common.count, help="rows to use")
+    parser.add_argument("--repeats", type=common.count, default=5, help="processes a side")
+    parser.add_argument("--threads", type=common.count, help="threads a process; default: as many as cores")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/data.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench/h200", description=str(__doc__).splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--tiny", action="store_true", help="a toy shape: whether it runs, on any machine")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--repeats", type=common.count, default=3, help="turns of each side")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("BENCH_WHEELS"), help="a folder of wheels to use")
     parser.add_argument("--into", type=Path, default=common.RESULTS, help="folder of the results")
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -254,9 +254,15 @@ def main() -> None:
         return
     if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f"no such part: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if args.wheels and not any(args.wheels.glob("*.whl")):
+        parser.error(f"--wheels: no wheels in {args.wheels}")
     args.into = args.into.resolve()
+    try:
+        common.output(str(args.into / f"h200-{(args.parts or list(PARTS))[0]}.json"))
+    except argparse.ArgumentTypeError as error:  # or every part would measure for nothing
+        parser.error(f"--into: {error}")
     run_parts(args)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

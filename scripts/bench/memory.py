@@ -134,12 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=models.SHAPES, default="56m", help="shape of the random Llama")
     parser.add_argument("--trains", nargs="+", choices=["full", "lora", "qlora"], default=["full", "lora", "qlora"])
-    parser.add_argument("--tokens", type=int, default=1024, help="of each of the two rows of a step")
-    parser.add_argument("--repeats", type=int, default=3, help="processes a side")
+    parser.add_argument("--tokens", type=common.count, default=1024, help="of each of the two rows of a step")
+    parser.add_argument("--repeats", type=common.count, default=3, help="processes a side")
     parser.add_argument("--budget-gb", type=float, help="also search the longest context within so many GB")
     parser.add_argument("--most", type=int, default=65_536, help="longest context that is tried")
     parser.add_argument("--limit-s", type=float, default=600, help="seconds of the search, for each side")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/memory.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/memory.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
@@ -164,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -16,7 +16,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
@@ -137,12 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--shape", choices=SHAPES, default="8b" if device.type == "cuda" else "56m")
-    parser.add_argument("--tokens", type=int, help="of a row; default: 16,384 of an 8B, else 1,024")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--calls", type=int, default=7, help="calls a round, of which the median counts")
+    parser.add_argument("--tokens", type=common.count, help="of a row; default: 16,384 of an 8B, else 1,024")
+    parser.add_argument("--repeats", type=common.count, default=5, help="rounds")
+    parser.add_argument("--calls", type=common.count, default=7, help="calls a round, of which the median counts")
     parser.add_argument("--without", nargs="+", default=[], metavar="SIDE", help="sides to leave out, e.g. compile")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no operation after so many seconds")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/kernels.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/kernels.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     until = time.monotonic() + args.limit_s
@@ -166,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any
 import common
 import models
 import workplace
+
+from tuner.errors import UserError
 
 PAIRS, LENGTH, LEARNING_RATE = 8, 1024, 1e-5
 WARM_UP = 2  # steps not counted
@@ -33,6 +34,8 @@ def usable(path: Path, limit: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for _, row in rows(DataSource(path=str(path))):
         example = parser(detect(row).name)(row)
+        if len(example.completions) != 2:
+            raise UserError(f"{path}: rows of {len(example.completions)} answers are no pairs; give preference data")
         chosen, rejected = example.completions
         said = all(part[0].content.strip() for part in (chosen, rejected))
         if len(chosen) == len(rejected) == 1 and said and chosen != rejected:
@@ -89,10 +92,10 @@ def arguments(description: str, sides: Sequence[str]) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", type=Path, default=common.ROOT / "data" / "pref-train.jsonl")
     parser.add_argument("--model", choices=models.SHAPES, default="56m", help="shape of the random Llama")
-    parser.add_argument("--repeats", type=int, default=5, help="processes a side")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps a process")
+    parser.add_argument("--repeats", type=common.count, default=5, help="processes a side")
+    parser.add_argument("--steps", type=common.count, default=10, help="optimizer steps a process")
     parser.add_argument("--trl-environment", choices=["tuner", "default"], default="tuner", help="variables of TRL")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/NAME.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/NAME.json")
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--parity", action="store_true", help=argparse.SUPPRESS)
@@ -112,7 +115,7 @@ def prepared(pairs: Sequence[dict[str, Any]], shape: models.Shape) -> Iterator[P
 def write_pairs(work: Path, pairs: Sequence[dict[str, Any]], steps: int) -> None:
     """As many pairs as the steps take, so that both sides see the same ones, in whatever order."""
     if len(pairs) < PAIRS * steps:
-        sys.exit(f"{len(pairs)} pairs are not enough for {steps} steps of {PAIRS}; lower --steps")
+        raise UserError(f"{len(pairs)} pairs are not enough for {steps} steps of {PAIRS}; lower --steps")
     workplace.write_rows(work / "pairs.jsonl", pairs[: PAIRS * steps])
     workplace.write_rows(work / "parity.jsonl", pairs[:PAIRS])
 

@@ -182,11 +182,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, default=common.ROOT / "data" / "chat-train.jsonl")
     parser.add_argument("--model", choices=models.SHAPES, default="56m", help="shape of the random Llama")
-    parser.add_argument("--repeats", type=int, default=5, help="processes a side")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps a process")
+    parser.add_argument("--repeats", type=common.count, default=5, help="processes a side")
+    parser.add_argument("--steps", type=common.count, default=16, help="optimizer steps a process")
     parser.add_argument("--ladder", action="store_true", help="also our side with its ideas taken away")
     parser.add_argument("--trl-environment", choices=["tuner", "default"], default="tuner", help="variables of TRL")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/sft.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/sft.json")
     parser.add_argument("--side", choices=[*LADDER, *TRL, "profile"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--parity", action="store_true", help=argparse.SUPPRESS)
@@ -239,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -92,9 +92,9 @@ def show_phases(one: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each command")
+    parser.add_argument("--repeats", type=common.count, default=3, help="processes of each command")
     parser.add_argument("--quickstart", action="store_true", help="also the whole of recipes/chat.yaml, by phase")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/startup.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/startup.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         environment = common.variables("tuner") | {"TUNER_CACHE": cache}
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -155,12 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--model", choices=models.SHAPES, default="56m", help="the model that the axes start from")
-    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="tokens of an optimizer step")
+    parser.add_argument("--step-tokens", type=common.count, default=STEP_TOKENS, help="tokens of an optimizer step")
     parser.add_argument("--trl", action="store_true", help="also TRL at its best, on the same tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="processes an axis and side")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps a point")
+    parser.add_argument("--repeats", type=common.count, default=3, help="processes an axis and side")
+    parser.add_argument("--steps", type=common.count, default=3, help="optimizer steps a point")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them that are not counted")
-    parser.add_argument("--output", type=Path, help="where the results go; default: results/sweep.json")
+    parser.add_argument("--output", type=common.output, help="where the results go; default: results/sweep.json")
     parser.add_argument("--side", choices=["tuner", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -20,6 +20,8 @@ from typing import Any
 import common
 from models import Shape
 
+from tuner.errors import UserError
+
 RANK, ALPHA = 16, 32
 PARITY_ROWS, PARITY_STEPS = 8, 3
 CONTROL = (
@@ -31,18 +33,33 @@ CONTROL = (
 
 
 def read_pairs(path: Path, limit: int | None = None) -> list[dict[str, str]]:
-    """Rows of `question`/`answer`, `prompt`/`completion`, or the first exchange of `messages`."""
+    """Rows of `question`/`answer`, `prompt`/`completion`, or the first exchange of `messages`.
+
+    Raises:
+        UserError: the file or a row is something else.
+    """
     pairs: list[dict[str, str]] = []
-    with path.open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            if "messages" in row:
-                turns = [m["content"] for m in row["messages"] if m["role"] != "system"]
-            else:
-                turns = [row[k] for k in (("question", "answer") if "question" in row else ("prompt", "completion"))]
-            pairs.append({"prompt": turns[0], "completion": turns[1]})
-            if len(pairs) == limit:
-                break
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                turns = _turns(json.loads(line))
+                pairs.append({"prompt": turns[0], "completion": turns[1]})
+                if len(pairs) == limit:
+                    break
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a JSONL file of chats with --data") from None
+    except (ValueError, LookupError, TypeError):
+        expected = "question and answer, prompt and completion, or messages of two turns"
+        raise UserError(f"{path} line {len(pairs) + 1}: expected a JSON object with {expected}") from None
+    if not pairs:
+        raise UserError(f"{path} holds no rows; give a file with data")
     return pairs
+
+
+def _turns(row: Mapping[str, Any]) -> list[str]:
+    if "messages" in row:
+        return [m["content"] for m in row["messages"] if m["role"] != "system"]
+    return [row[k] for k in (("question", "answer") if "question" in row else ("prompt", "completion"))]
 
 
 def as_messages(pairs: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:

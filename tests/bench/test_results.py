@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import common
 import pytest
 import table
+import workplace
 from common import Side
+
+from tuner.errors import UserError
 
 FIELDS = {"schema", "name", "command", "date", "commit", "dirty", "machine", "versions", "cases"}
 OF_A_CASE = {
@@ -105,3 +109,64 @@ def test_both_sides_get_the_variables_of_our_command_line_unless_told_otherwise(
     assert "GOMP_SPINCOUNT" in common.variables("tuner")
     assert "GOMP_SPINCOUNT" not in common.variables("default")
     assert common.variables("tuner")["HF_HUB_OFFLINE"] == common.variables("default")["HF_HUB_OFFLINE"] == "1"
+
+
+# --- what a user can get wrong ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is no result of schema 1"),
+        ('{"name": "theirs"}', "is no result of schema 1"),
+        ('{"schema": 1, "cases": []}', "has no command, commit, date"),
+    ],
+)
+def test_a_file_that_is_no_result(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "sft.json").write_text(text)
+    with pytest.raises(UserError, match=rf"sft.json .*{message}.*run the benchmark again"):
+        table.table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# A heading\n", "line 1: expected a JSON object with question and answer"),
+        ('{"question": "a", "answer": "b"}\n{"text": "c"}\n', "line 2: expected a JSON object"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: expected .* messages of two turns"),
+        ("", "holds no rows"),
+        (None, "No such file or directory; give a JSONL file"),
+    ],
+)
+def test_data_that_cannot_be_used(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=f"rows.jsonl.* {message}"):
+        workplace.read_pairs(path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for there in (tmp_path, tmp_path / "file" / "result.json"):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot write '"):
+            common.output(str(there))
+    assert common.output(str(tmp_path / "new" / "result.json")) == tmp_path / "new" / "result.json"
+    assert not (tmp_path / "new" / "result.json").exists()
+    for text in ("0", "-1", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number of at least 1, got '{text}'"):
+            common.count(text)
+
+
+def test_a_script_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def ends(error: BaseException) -> int | str | None:
+        def main() -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            common.run(main)
+        return end.value.code
+
+    assert (ends(UserError("no such file")), ends(KeyboardInterrupt())) == (2, 130)
+    assert capsys.readouterr().err.startswith("error: no such file\nerror: stopped by SIGINT")

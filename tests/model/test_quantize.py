@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tuner import kernels
+from tuner.errors import RecipeError
 from tuner.kernels.dequantize_nf4 import triton as dequantize_nf4
 from tuner.model import quantize
+from tuner.model.load import check_checkpoint
+from tuner.recipe import ModelSection
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -81,3 +89,34 @@ def test_a_buffer_made_while_sampling_can_be_trained_with() -> None:
     weight = quantize.borrow(module, torch.float32, REFERENCE)
     (x @ weight.T).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("said", ["installed and cannot be imported (undefined symbol)", "not installed"])
+def test_without_bitsandbytes_four_bits_are_refused_at_once(
+    said: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "MISSING", said)
+    assert check_checkpoint(ModelSection(name_or_path=str(tiny_model_dir)))
+    asked = ModelSection(name_or_path=str(tiny_model_dir), load_in_4bit=True)
+    with pytest.raises(RecipeError, match=f"model.load_in_4bit: true needs .* which is {re.escape(said)}; .*install"):
+        check_checkpoint(asked)
+    with pytest.raises(RecipeError, match=f"train.optim: adamw_8bit needs .* which is {re.escape(said)}"):
+        quantize.check_optimizer("adamw_8bit", torch.device("cuda"))
+
+
+def test_a_bitsandbytes_that_cannot_be_imported_counts_as_absent(tmp_path: Path) -> None:
+    """In a process of its own: peft, which looks for the package and then imports it, loads no less."""
+    (tmp_path / "bitsandbytes.py").write_text("raise ImportError('undefined symbol')")
+    program = (
+        "from tuner.model import fuse, quantize; from peft.import_utils import is_bnb_available; "
+        "print(quantize.MISSING, quantize.Linear4bit, is_bnb_available())"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(quantize.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "installed and cannot be imported (undefined symbol) None False\n", done.stderr

@@ -380,6 +380,11 @@ def test_the_best_of_weights_only_checkpoints_is_the_result(
 # --- how runs begin and end ---
 
 
+def test_a_dry_run_refuses_an_optimizer_that_needs_a_gpu(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match="train.optim: 'adamw_8bit' needs a GPU"):
+        run(recipe_file, "train.optim=adamw_8bit", dry_run=True)
+
+
 def test_a_dry_run_writes_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert run(recipe_file, dry_run=True)["steps"] == 4

@@ -197,6 +197,7 @@ def check_checkpoint(model: ModelSection, *, reward: bool = False) -> tuple[Chec
     Raises:
         ModelError: nothing is there, not of the Llama family, a head of another kind, weights missing or truncated, or
             shapes that 4-bit blocks do not fit.
+        RecipeError: 4 bits without bitsandbytes.
     """
     checkpoint = find_checkpoint(model.name_or_path, model.revision)
     config = load_config(checkpoint)
@@ -214,6 +215,7 @@ def check_checkpoint(model: ModelSection, *, reward: bool = False) -> tuple[Chec
     for file in weight_files(checkpoint.path):
         _check_readable(file)
     if model.load_in_4bit:
+        quantize.check_installed("model.load_in_4bit", "true")
         quantize.check_shapes(config.hidden_size, config.intermediate_size)
     return checkpoint, config
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from tuner.errors import ModelError, RecipeError
+from tuner.errors import ModelError, RecipeError, first_line
 from tuner.kernels import Kernels
 from tuner.kernels.dequantize_nf4.reference import Nested
 
@@ -27,8 +29,12 @@ try:
     import bitsandbytes as bnb
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
     from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-except ImportError:  # 16-bit training does not need it
-    bnb = None
+
+    MISSING = None
+except Exception as error:  # of a broken one any; 16-bit training needs none
+    bnb, there = None, find_spec("bitsandbytes") is not None
+    MISSING = f"installed and cannot be imported ({first_line(error)})" if there else "not installed"
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # transformers and peft take it for absent, too
 
 Linear4bit: Any = None if bnb is None else bnb.nn.Linear4bit
 
@@ -43,6 +49,17 @@ def quantization_config(quant_type: str, double_quant: bool, compute_dtype: torc
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def check_installed(key: str, value: object) -> None:
+    """Refuses what needs bitsandbytes where it cannot be used; `key` of the recipe asks for it.
+
+    Raises:
+        RecipeError: it cannot be imported.
+    """
+    if MISSING is not None:
+        remedy = "pip install bitsandbytes" if "not installed" in MISSING else "reinstall it, built for this torch"
+        raise RecipeError(f"{key}: {value} needs bitsandbytes, which is {MISSING}; {remedy}, or leave {key} out")
 
 
 def check_shapes(hidden_size: int, intermediate_size: int) -> None:
@@ -126,12 +143,18 @@ def _dequantize_into(out: Tensor, packed: Tensor, state: Any) -> Tensor:
     return out
 
 
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Refuses an optimizer of bitsandbytes where it cannot run."""
+    if device.type == "cpu":
+        raise RecipeError(f"train.optim: '{name}' needs a GPU; on this CPU use 'adamw_torch'")
+    check_installed("train.optim", name)
+
+
 def optimizer(
     name: str, groups: Iterable[dict[str, Any]], device: torch.device, **settings: Any
 ) -> torch.optim.Optimizer:
     """`adamw_8bit`, `paged_adamw_8bit` or `paged_adamw_32bit` of bitsandbytes."""
-    if device.type == "cpu":
-        raise RecipeError(f"train.optim: '{name}' needs a GPU; on this CPU use 'adamw_torch'")
+    check_optimizer(name, device)
     classes = {
         "adamw_8bit": bnb.optim.AdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,

@@ -22,6 +22,7 @@ from tuner.recipe.read import read, with_overrides
 from tuner.recipe.rules import PREFERENCE, check_rules, find, first_error, idle_keys, show
 from tuner.recipe.schema import (
     DEFAULT_LOSSES,
+    MOST_THREADS,
     SECTIONS,
     AdapterSection,
     DataSection,
@@ -40,6 +41,7 @@ from tuner.recipe.yaml12 import Node
 from tuner.registry import did_you_mean
 
 __all__ = [
+    "MOST_THREADS",
     "PREFERENCE",
     "AdapterSection",
     "DataSection",

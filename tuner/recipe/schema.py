@@ -37,6 +37,7 @@ else:
     ChatTemplate = Literal[_files("templates")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+MOST_THREADS = 1024  # of a process
 MOST_TOKENS = 2**31 - 1  # in one row: positions in it are counted in 32 bits
 
 
@@ -239,7 +240,7 @@ class TrainSection(Section):
     )
     on_nan: Literal["stop", "skip"] = Field("stop", description="At a non-finite loss or gradient: stop, or skip.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Of order, initialisation and dropout.")
-    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_THREADS)] = Field(
         "auto", description="CPU threads a process."
     )
 

@@ -14,6 +14,7 @@ from tuner.checkpoint import RECIPE, check_output
 from tuner.errors import RecipeError, TunerError
 from tuner.model.adapter import adapter_directory, check_files
 from tuner.model.load import check_checkpoint, find_checkpoint, load_config, resolve_dtype
+from tuner.model.quantize import check_optimizer
 from tuner.recipe import PREFERENCE, Recipe
 from tuner.train.memory import Choice, microbatch
 from tuner.train.metrics import tracker_classes
@@ -106,6 +107,8 @@ def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bo
             check_output(Path(recipe.train.output_dir), resume=resume, overwrite=overwrite, reads=_reads(recipe))
             tracker_classes(recipe.log.report_to)
             check_checkpoint(recipe.model, reward=recipe.stage == "reward")
+            if recipe.train.optim != "adamw_torch":
+                check_optimizer(recipe.train.optim, devices.device)
             if recipe.adapter is not None and recipe.adapter.path is not None:
                 check_files(adapter_directory(Path(recipe.adapter.path)))
         except TunerError as error:

@@ -15,6 +15,8 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tuner.recipe import MOST_THREADS
+
 T = TypeVar("T")
 
 
@@ -75,12 +77,14 @@ def usable_cores() -> int:
 
 
 def resolve_threads(threads: str | int, world_size: int) -> int:
-    """`auto` -> the cores this process may use, shared fairly among the ranks of this machine."""
+    """`auto` -> the cores this process may use, shared fairly among the ranks of this machine; OMP_NUM_THREADS goes
+    first, where it is a number that a recipe could name."""
     if threads != "auto":
         return int(threads)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # it may list a number for each level
-    return int(asked) if asked.isdigit() and int(asked) else max(1, usable_cores() // max(1, local))
+    given = int(asked) if asked.isascii() and asked.isdigit() else 0
+    return given if 1 <= given <= MOST_THREADS else max(1, usable_cores() // max(1, local))
 
 
 def seed_everything(seed: int) -> None:
