@@ -46,6 +46,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "reference": {"backend": "reference", "trains": "lora", "checkpointing": False},
     "qlora-checkpointing": {"backend": "triton", "trains": "qlora", "checkpointing": True},
 }
+TRAJECTORY: dict[str, dict[str, Any]] = {"triton": {"backend": "triton"}, "reference": {"backend": "reference"}}
 
 
 def absent() -> list[str]:
@@ -156,8 +157,29 @@ def memory(args: argparse.Namespace) -> None:
     finish(args, "memory", "longest context, one document", "longest_context_tokens", sides, turns, against="reference")
 
 
+def trajectory(args: argparse.Namespace) -> None:
+    """200 steps on fused and on plain kernels: how far their losses are apart, and whether one side stays ahead."""
+    cases = list[dict[str, Any]]()
+    for dtype in ("bfloat16", "float32"):
+        sides = {name: Side(how) for name, how in TRAJECTORY.items()}
+        more = ["--part", "trajectory", "--dtype", dtype, *toy(args)]
+        turns = common.take_turns(SIDES, sides, more, 1, "tokens_per_second")
+        both = zip(*(turns.runs[side][0]["losses"] for side in ("triton", "reference")), strict=True)
+        apart = [fused - plain for fused, plain in both]
+        finish(
+            args, "trajectory", f"200 steps, {dtype}", "tokens_per_second", sides, turns, against="reference",
+            before=cases, parity=first_losses(turns), dtype=dtype,
+            difference={
+                "mean": statistics.mean(apart),
+                "mean_of_the_last_quarter": statistics.mean(apart[-max(1, len(apart) // 4) :]),
+                "largest": max(map(abs, apart)),
+                "share_above": statistics.mean(d > 0 for d in apart),
+            },
+        )  # fmt: skip
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "tests": tests, "kernels": kernels, "sft": sft, "dpo": dpo, "memory": memory,
+    "tests": tests, "kernels": kernels, "sft": sft, "dpo": dpo, "trajectory": trajectory, "memory": memory,
 }  # fmt: skip
 
 

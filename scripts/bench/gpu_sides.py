@@ -13,7 +13,7 @@ import numpy as np
 import synthetic
 import torch
 from floor import floor, mfu, model_flops
-from gpu import DPO, MEMORY, ROW, SFT
+from gpu import DPO, MEMORY, ROW, SFT, TRAJECTORY
 from models import SHAPES, Shape
 
 from tuner.data.pack import bins
@@ -130,18 +130,39 @@ def memory(name: str, tiny: bool) -> dict[str, Any]:
     return {**last, "longest_context_tokens": longest}
 
 
+def trajectory(name: str, tiny: bool, dtype: str) -> dict[str, Any]:
+    """The loss of each of many steps that learn 64 random documents by heart."""
+    shape, device = SHAPES["tiny" if tiny else "56m"], synthetic.find_device()
+    backend = "reference" if tiny and device.type == "cpu" else TRAJECTORY[name]["backend"]
+    policy = synthetic.make_policy(shape, synthetic.Method("lora", backend), device, getattr(torch, dtype), 512)
+    lengths = [int(n) for n in np.random.default_rng(0).integers(8, 48 if tiny else 400, 64)]
+    return synthetic.steps(
+        policy,
+        synthetic.LanguageStage(),
+        synthetic.documents(lengths, shape.vocab, trained=0.5),
+        batch_size=8,
+        microbatch_tokens=4096,
+        count=4 if tiny else 199,
+        warm_up=1,
+        every_loss=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", required=True)
-    parser.add_argument("--part", choices=["sft", "floor", "dpo", "memory"], required=True)
+    parser.add_argument("--part", choices=["sft", "floor", "dpo", "memory", "trajectory"], required=True)
     parser.add_argument("--case", choices=["whole", "short"])
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"])
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.part == "sft":
         common.answer(sft(args.side, args.tiny, args.case))
     elif args.part == "floor":
         common.answer(sft_floor(args.tiny, args.tokens))
+    elif args.part == "trajectory":
+        common.answer(trajectory(args.side, args.tiny, args.dtype))
     else:
         common.answer({"dpo": dpo, "memory": memory}[args.part](args.side, args.tiny))
 

@@ -209,6 +209,7 @@ def steps(
     count: int,
     warm_up: int,
     packing: bool = True,
+    every_loss: bool = False,
 ) -> dict[str, Any]:
     """`count` optimizer steps of tuner's loop after `warm_up` that are not counted; rates, memory and losses."""
     device = policy.device
@@ -242,6 +243,7 @@ def steps(
         "step_seconds": (ended - started) / count,
         "warm_up_seconds": started - times[0],
         "first_losses": losses[:3],
+        **({"losses": losses} if every_loss else {}),
         "backend": policy.kernels.backend,
         **memory(device, before),
     }

@@ -250,7 +250,8 @@ def put(text: str, made: str) -> str:
     """README with the table between its markers."""
     before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
-    assert found and ended, f"README lacks {BEGIN} or {END}"
+    if not (found and ended):
+        sys.exit(f"README lacks the line {BEGIN} or {END}, between which the table goes")
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
 
 

@@ -61,6 +61,15 @@ def test_sft_gives_rates_activations_and_the_floor(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_trajectories_are_laid_side_by_side(tmp_path: Path) -> None:
+    cases = run(gpu.trajectory, tmp_path)
+    assert [case["settings"]["dtype"] for case in cases] == ["bfloat16", "float32"]
+    for case in cases:
+        (measured,) = case["sides"]["triton"]["runs"]
+        assert len(measured["losses"]) == 5 and case["settings"]["difference"]["largest"] < 1e-6  # one backend, twice
+
+
+@pytest.mark.usefixtures("in_process")
 def test_dpo_starts_at_ln_2_in_every_layout_and_says_what_sharing_brings(tmp_path: Path) -> None:
     (case,) = run(gpu.dpo, tmp_path)
     for side in case["sides"].values():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,9 @@ AUTOMATIC = (
 )
 
 
+AS_BEFORE = "as decided at the start of the run"
+
+
 @dataclass(frozen=True)
 class Machine:
     """The devices of this process, and the recipe with every automatic value decided for them."""
@@ -45,13 +49,8 @@ class Machine:
 def find_machine(recipe: Recipe, *, resume: bool) -> Machine:
     """Decides every `auto` once; a resumed run reuses what it decided at its start."""
     phases, devices = Phases(), find_devices()
-    given = recipes.flatten(recipe)
-    stored = Path(recipe.train.output_dir) / RECIPE
-    if resume and stored.is_file():
-        before = recipes.flatten(recipes.load(stored, find_inputs=False))
-        recipe = recipes.resolved(
-            recipe, {k: before[k] for k in AUTOMATIC if given.get(k) in ("auto", None) and before.get(k) is not None}
-        )
+    decided = _decided_before(recipe) if resume else {}
+    recipe = recipes.resolved(recipe, decided)
     model, train = recipe.model, recipe.train
     checkpoint = find_checkpoint(model.name_or_path, model.revision)
     config = load_config(checkpoint)
@@ -64,6 +63,10 @@ def find_machine(recipe: Recipe, *, resume: bool) -> Machine:
         backend,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         dropout=0.0 if recipe.stage in PREFERENCE else config.attention_dropout,  # which these set to zero
+    )
+    why, why_attention = (
+        AS_BEFORE if key in decided else reason
+        for key, reason in (("model.kernels", why), ("model.attn_implementation", why_attention))
     )
     threads = resolve_threads(train.threads, devices.world_size)
     recipe = recipes.resolved(
@@ -79,6 +82,8 @@ def find_machine(recipe: Recipe, *, resume: bool) -> Machine:
         },
     )
     choice = microbatch(recipe, devices)
+    if "train.microbatch_tokens" in decided:
+        choice = replace(choice, why=AS_BEFORE)
     recipe = recipes.resolved(recipe, {"train.microbatch_tokens": choice.tokens})
     if recipe.adapter is None and train.param_dtype == "bfloat16" != recipe.model.dtype:
         raise RecipeError(
@@ -90,6 +95,15 @@ def find_machine(recipe: Recipe, *, resume: bool) -> Machine:
     phases.begin("data")
     backends = f"attention {attention} ({why_attention}); kernels {backend} ({why})"
     return Machine(recipe, devices, backends, choice, phases)
+
+
+def _decided_before(recipe: Recipe) -> dict[str, Any]:
+    """What the run decided at its start of what the recipe leaves open."""
+    stored, given = Path(recipe.train.output_dir) / RECIPE, recipes.flatten(recipe)
+    if not stored.is_file():
+        return {}
+    before = recipes.flatten(recipes.load(stored, find_inputs=False))
+    return {k: before[k] for k in AUTOMATIC if given.get(k) in ("auto", None) and before.get(k) is not None}
 
 
 def check_start(recipe: Recipe, devices: Devices, *, resume: bool, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,9 +231,10 @@ def _score(subject: Subject, settings: Scoring, rows: Sequence[Row]) -> Scores:
     """Loads the model, and lets go of it afterwards."""
     subject = Subject(settings.model, subject.adapter, subject.chat_template, subject.tokenizer, subject.recipe)
     model = load_subject(subject, RewardModel)
-    footprint = scoring(model.inner.config, model.compute_dtype)
-    choice = largest(footprint, total_memory(model.device), model.device.type, settings.data.max_length)
-    return Scores(rows, rewards(model, [row.tokens for row in rows], choice.tokens))
+    footprint, capacity = scoring(model.inner.config, model.compute_dtype), settings.data.max_length
+    with suppress(RecipeError):  # by the estimate not even the weights fit, but they are there: one row at a time
+        capacity = largest(footprint, total_memory(model.device), model.device.type, capacity).tokens
+    return Scores(rows, rewards(model, [row.tokens for row in rows], capacity))
 
 
 def rewards(model: RewardModel, samples: Sequence[Tokens], capacity: int) -> list[Tensor]:

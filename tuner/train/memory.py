@@ -131,8 +131,17 @@ def microbatch(recipe: Recipe, devices: Devices) -> Choice:
     footprint = training(recipe, config, resolve_dtype(model.dtype, device), device.type, reference)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", devices.world_size)) if device.type == "cpu" else 1
     longest = min(recipe.data.max_length, config.max_position_embeddings)  # beyond its positions a row is refused
-    choice = largest(footprint, total_memory(device) / sharing, device.type, longest)
-    return replace(choice, tokens=-devices.agree(-choice.tokens))
+    choice, error = None, None
+    try:
+        choice = largest(footprint, total_memory(device) / sharing, device.type, longest)
+    except RecipeError as found:
+        error = found
+    fewest = -devices.agree(-choice.tokens if choice else 0)  # before anyone gives up, so that no rank waits for it
+    if error is not None:
+        raise error
+    if choice is None or not fewest:
+        raise RecipeError("train.microbatch_tokens: auto finds none that fits the device of another rank")
+    return replace(choice, tokens=fewest)
 
 
 def training(

@@ -113,10 +113,13 @@ def resolve(
     if name == "auto":
         if asked == "triton" and missing is None:
             return "triton", "packed rows, shared prefixes and the same bytes every time on a GPU"
+        if device.type == "cuda" and why_no_package("triton"):
+            if why_not("varlen", device, dtype, head_dim=head_dim, dropout=dropout) is None:
+                return "varlen", "torch's kernel over sequences, as the package triton cannot be used"
         why = f"; the Triton kernel cannot run: {missing}" if missing else ""
         return REFERENCE, f"each segment by itself, in plain torch{why}"
     if missing:
         raise RecipeError(
-            f"model.attn_implementation: {name} cannot run: {missing}; set model.attn_implementation: auto"
+            f"model.attn_implementation: {name} cannot run: {missing}; or set model.attn_implementation: auto"
         )
     return name, "as the recipe says"

@@ -22,6 +22,7 @@ from tuner.kernels.swiglu import triton as swiglu
 BLOCK = 2048  # numbers of a program that copies
 ROWS = 64  # of a tile
 WIDEST = 128  # columns of a skinny matrix in a tile; what is wider goes in several passes
+NARROW = 32  # columns up to which the parts of g B that one pass writes cost less than a second pass over g
 SUMS = 8192  # of a program, in registers: columns of a tile x those of the skinny matrix
 NUM_WARPS = 8
 NUM_STAGES = 2  # tiles on their way: 128 KiB of shared memory at the widest
@@ -174,6 +175,13 @@ def _by_width(rank: int) -> list[tuple[int, int]]:
 def _through_b(grads: Sequence[Tensor], z: Tensor, b16: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     u, grads_b, before = torch.empty_like(z), [], 0
     for g, b in zip(grads, b16, strict=True):
+        rank = b.shape[1]
+        if rank > NARROW:
+            own = slice(before, before + rank)
+            torch.mm(g, b, out=u[:, own])
+            grads_b.append((g.T @ z[:, own]).float())
+            before += rank
+            continue
         grad_b = b.new_empty(b.shape, dtype=torch.float32)
         for start, stop in _by_width(b.shape[1]):
             columns = slice(before + start, before + stop)
