@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent / "tuner"
 
 # From the ground up; on one floor, a module may import those to its left.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "registry"),
+    ("limits", "types", "errors", "registry"),
     ("recipe", "losses", "kernels"),
     ("data", "model"),
     ("checkpoint", "generate", "evaluate"),
@@ -35,7 +35,7 @@ HOMES = {
     "trl": (),
 }
 # These answer before torch could be loaded, so nothing heavy may be imported with them, however indirectly.
-LIGHT = ("cli", "recipe", "registry", "errors")
+LIGHT = ("cli", "recipe", "registry", "errors", "limits")
 # What may be imported only when it is needed: seconds that local files should not pay.
 DEFERRED = {("data/source.py", "datasets")}
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "numpy", "trl", "triton"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tuner import recipe as recipes
-from tuner.stages import prepare, sft
+from tuner.stages import machine, prepare, sft
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WALL_CLOCK = ("seconds", "tokens_per_second", "memory_bytes")
@@ -55,7 +55,8 @@ def test_another_seed_is_another_run(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_mutant_a_run_that_is_not_seeded(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "seed_everything", lambda seed: None)
+    for module in (machine, prepare):
+        monkeypatch.setattr(module, "seed_everything", lambda seed: None)
     for number in (0, 1):
         torch.manual_seed(number)
         sft.run(recipes.load(recipe_file, [*OVERRIDES, f"train.output_dir={tmp_path}/{number}"]))

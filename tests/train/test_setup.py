@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tuner.recipe import MOST_THREADS
+from tuner.limits import MOST_THREADS
 from tuner.train import setup
 
 

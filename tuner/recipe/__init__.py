@@ -22,7 +22,6 @@ from tuner.recipe.read import read, with_overrides
 from tuner.recipe.rules import PREFERENCE, check_rules, find, first_error, idle_keys, show
 from tuner.recipe.schema import (
     DEFAULT_LOSSES,
-    MOST_THREADS,
     SECTIONS,
     AdapterSection,
     DataSection,
@@ -41,7 +40,6 @@ from tuner.recipe.yaml12 import Node
 from tuner.registry import did_you_mean
 
 __all__ = [
-    "MOST_THREADS",
     "PREFERENCE",
     "AdapterSection",
     "DataSection",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from tuner.limits import MOST_THREADS, MOST_TOKENS
+
 Stage = Literal["sft", "reward", "dpo"]
 # What each stage minimises where the recipe does not say.
 DEFAULT_LOSSES = {"sft": "nll", "reward": "bradley_terry", "dpo": "sigmoid"}
@@ -37,8 +39,6 @@ else:
     ChatTemplate = Literal[_files("templates")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
-MOST_THREADS = 1024  # of a process
-MOST_TOKENS = 2**31 - 1  # in one row: positions in it are counted in 32 bits
 
 
 def _as_tuple(value: Any) -> Any:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tuner.recipe import MOST_THREADS
+from tuner.limits import MOST_THREADS
 
 T = TypeVar("T")
 
