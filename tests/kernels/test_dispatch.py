@@ -36,6 +36,15 @@ def test_auto_says_what_it_chose_and_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("compiled")
+def test_without_triton_a_gpu_takes_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "why_no_package", lambda package: f"the package {package} is not installed")
+    name, why = kernels.resolve_attention("auto", CUDA, torch.bfloat16, "reference")
+    assert name == "varlen" and "triton cannot be used" in why
+    assert kernels.resolve_attention("auto", CUDA, torch.float32, "reference")[0] == "tuner_varlen"
+    assert kernels.resolve_attention("auto", CPU, torch.bfloat16, "reference")[0] == "tuner_varlen"
+
+
+@pytest.mark.usefixtures("compiled")
 def test_an_explicit_choice_is_never_replaced() -> None:
     assert kernels.resolve_backend("reference", CUDA)[0] == "reference"
     assert kernels.resolve_attention("sdpa", CPU, torch.float32, "reference")[0] == "sdpa"

@@ -7,10 +7,10 @@ Statistics are in fp32; as in Llama, the normalised x is rounded to the dtype of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from tuner.kernels.rms_norm.node import AddRMSNorm, RMSNorm
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -18,62 +18,32 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, 1 / rms in fp32 `[..., 1]`)."""
-    x32 = _wide(x)
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual, 1 / rms in fp32 `[..., 1]`); x itself without a residual."""
+    total = x if residual is None else x + residual
+    x32 = _wide(total)
     rstd = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x32 * rstd).to(x.dtype) * weight, rstd
+    return (x32 * rstd).to(total.dtype) * weight, total, rstd
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad_total: Tensor | None, trained: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(d x in fp32, d weight if it is needed)."""
+    """(d x with `grad_total` added, in the dtype of x; d weight if it is trained)."""
     g = _wide(grad)
     normed = _wide(x) * rstd  # not in place: in fp32 the wide x is x
     grad_weight = None
-    if needs_weight:
+    if trained:
         grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     gw = g * weight
     mean = (gw * normed).mean(-1, keepdim=True)
-    return gw.sub_(normed.mul_(mean)).mul_(rstd), grad_weight
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = _forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = _backward(grads[0], x, weight, rstd, ctx.needs_input_grad[1])
-        return grad_x.to(x.dtype), grad_weight, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        y, rstd = _forward(total, weight, eps)
-        ctx.save_for_backward(total, weight, rstd)
-        ctx.dtypes = x.dtype, residual.dtype
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, rstd = ctx.saved_tensors
-        grad_total, grad_weight = _backward(grads[0], total, weight, rstd, ctx.needs_input_grad[2])
-        grad_total = grad_total.add_(grads[1]).to(total.dtype)
-        x, residual = ctx.dtypes
-        return grad_total.to(x), grad_total.to(residual), grad_weight, None
+    grad_x = gw.sub_(normed.mul_(mean)).mul_(rstd)
+    return (grad_x if grad_total is None else grad_x.add_(grad_total)).to(x.dtype), grad_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`[..., H]` and the weight `[H]` -> `[..., H]`, in the wider dtype of the two."""
-    return _RMSNorm.apply(x, weight, eps)
+    return RMSNorm.apply(x, weight, eps, _forward, _backward)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -81,4 +51,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     One node: the sum is kept once for both, and the two gradients that reach it are added up inside.
     """
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return AddRMSNorm.apply(x, residual, weight, eps, _forward, _backward)

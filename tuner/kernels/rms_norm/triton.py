@@ -10,14 +10,13 @@ each of which adds up the rows dealt to it, in order; their sums are added in or
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tuner.kernels.portable import rounded
+from tuner.kernels.rms_norm.node import AddRMSNorm, RMSNorm
 
 LONGEST = 16384  # numbers of a row that a program holds in registers; of a longer row it reads part after part, twice
 PROGRAMS = 512  # that share the rows where the weight is trained: a few for each multiprocessor of an H100
@@ -146,41 +145,11 @@ def _backward(
     return grad_x, sums.sum(0).to(weight.dtype) if trained else None
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, _, rstd = _forward(x, None, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = _backward(grads[0], x, weight, rstd, None, ctx.needs_input_grad[1])
-        return grad_x, grad_weight, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, total, rstd = _forward(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight, rstd)
-        ctx.dtypes = x.dtype, residual.dtype
-        return y, total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, rstd = ctx.saved_tensors
-        grad_total, grad_weight = _backward(grads[0], total, weight, rstd, grads[1], ctx.needs_input_grad[2])
-        x, residual = ctx.dtypes
-        return grad_total.to(x), grad_total.to(residual), grad_weight, None
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`[..., H]` and the weight `[H]` -> `[..., H]`, in the wider dtype of the two."""
-    return _RMSNorm.apply(x, weight, eps)
+    return RMSNorm.apply(x, weight, eps, _forward, _backward)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), written in one pass; the backward adds their two gradients up inside."""
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return AddRMSNorm.apply(x, residual, weight, eps, _forward, _backward)

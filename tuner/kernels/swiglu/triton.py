@@ -5,14 +5,13 @@ What is stored is read and written once: 3 tensors forward, 5 backward, where ea
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tuner.kernels.portable import rounded
+from tuner.kernels.swiglu.node import SwiGLU
 
 # Elements of a program. A thread of the 4 warps then has 2 loads of 16 bytes of each bf16 tensor in flight.
 BLOCK = 2048
@@ -70,17 +69,6 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return grad_gate, grad_up
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return forward(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return backward(grads[0], *ctx.saved_tensors)
-
-
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all `[..., I]`."""
-    return _SwiGLU.apply(gate, up)
+    return SwiGLU.apply(gate, up, forward, backward)
